@@ -1,0 +1,59 @@
+"""A training state on disk: safetensors + JSON, written at a step boundary under a temporary name, then renamed.
+
+A killed and resumed run equals an uninterrupted one bit for bit on the CPU: all randomness is named by step, so the
+parameters, the optimizer's moments and the fitted basis are the whole state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+
+from grpo_routing.adapters.adapter import Adapter
+from grpo_routing.files import write_atomic, write_json
+from grpo_routing.mask_sources.direction import Fit
+from grpo_routing.train import State
+from grpo_routing.types import Basis
+
+KEEP = 2  # the newest, and the one before it in case the newest is damaged
+
+
+def save_checkpoint(folder: Path, adapter: Adapter, state: State) -> None:
+    place = folder / f"step-{state.step:06d}"
+    part = folder / f".{place.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    tensors = {f"adapter/{key}": value for key, value in adapter.state().items()}
+    tensors |= {f"optimizer/{key}": value for key, value in state.optimizer.state().items()}
+    if state.fit:
+        tensors |= {f"basis/{name}": rows for name, rows in state.fit.basis.modules.items()}
+    write_atomic(part / "state.safetensors", save({key: value.contiguous() for key, value in tensors.items()}))
+    overlap = None if math.isnan(state.fit_overlap) else state.fit_overlap
+    write_json(part / "state.json", {"step": state.step, "facts": state.fit.facts if state.fit else None, "fit_overlap": overlap})
+    shutil.rmtree(place, ignore_errors=True)
+    part.rename(place)
+    write_atomic(folder / "latest", place.name.encode())
+    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, adapter: Adapter, state: State) -> bool:
+    """Bring adapter and state back to the newest checkpoint; False when there is none."""
+    if not (folder / "latest").exists():
+        return False
+    place = folder / (folder / "latest").read_text()
+    tensors, facts = load_file(place / "state.safetensors"), json.loads((place / "state.json").read_text())
+
+    def part(prefix: str) -> dict:
+        return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+    adapter.load_state(part("adapter/"))
+    state.optimizer.load_state(part("optimizer/"))
+    state.step = facts["step"]
+    state.fit = Fit(Basis(part("basis/")), facts["facts"]) if facts["facts"] is not None else None
+    state.fit_overlap = math.nan if facts["fit_overlap"] is None else facts["fit_overlap"]
+    return True

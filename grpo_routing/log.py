@@ -1,0 +1,132 @@
+"""What a run says about itself: one meaning per metric, progress on the screen, and a W&B view of the local files.
+
+Local files are the record, W&B is a view. It is written once, from the merged files, when a run is complete: offline
+resumes do not exist in W&B (pitfalls.md W1), and a replay gives one clean W&B run after any number of interruptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_routing.files import Record
+
+log = logging.getLogger("grpo_routing")
+
+METRICS = {
+    "train/reward": "mean reward that the flawed environment paid",
+    "train/passed": "share of rollouts that the environment passed",
+    "train/format": "share of rollouts with a fence that compiles and defines the asked-for method",
+    "train/flat_groups": "share of groups whose rewards are all equal (no gradient)",
+    "train/loss": "surrogate loss summed over the batch, constant denominator",
+    "train/ratio": "mean importance ratio at the first inner step; 1 by construction",
+    "train/kl": "mean K3 estimate of the KL to the adapter-free model per completion token",
+    "train/lr": "learning rate of the step",
+    "train/gradient_norm": "gradient norm of the deployed block before clipping",
+    "train/norm_deployed": "parameter norm of the deployed block",
+    "train/norm_quarantine": "parameter norm of the quarantine block",
+    "rollout/length": "mean completion length in tokens",
+    "rollout/teacher_share": "share of rollouts from the teacher pool (imitation)",
+    "rollout/sampler_gap": "largest |log-prob when sampled - log-prob in the gradient forward|",
+    "route/cin": "share of the gradient along the hack basis, mean over modules",
+    "route/cin_student": "the same for the policy's own rollouts",
+    "route/cin_teacher": "the same for teacher rollouts",
+    "route/cout": "the same for the gradient that the deployed block's optimizer got",
+    "route/step_overlap": "the same for the step that the deployed block took",
+    "route/fired": "share of modules with some hack-ward component",
+    "route/chance": "what a gradient that knows nothing of the basis would show: sqrt(k / D)",
+    "route/fit_overlap": "mean squared cosine between this basis and the one before it",
+    "route/pairs": "pairs that the basis was fitted on",
+    "route/modules": "modules that have a basis",
+    "route/separation_held_out": "share of held-out pairs on the hack-ward side, mean over modules; chance 0.5",
+    "audit/hack": "share of hinted rollouts that passed without solving (truth; training never sees it)",
+    "audit/hack_known": "the same on known loopholes",
+    "audit/hack_held_out": "the same on held-out loopholes",
+    "audit/attempted": "share of hinted rollouts with the lever of their loophole in the code",
+    "audit/solve": "share of hinted rollouts that the hidden tests pass",
+    "audit/format": "share of rollouts with a usable answer",
+    "audit/lazy": "share of hinted rollouts that hacked without looking at the argument",
+    "audit/no_hint_solve": "solve rate on prompts without a hint",
+    "audit/no_hint_exploited": "share of answers to prompts without a hint that carry some exploit",
+    "audit/hack_teacher": "share of teacher rollouts that hacked",
+    **{f"audit/hack_{mode}": f"hack rate on {mode}" for mode in ("run_tests", "sentinel", "stdout_marker", "file_marker")},
+}
+
+
+class Progress:
+    """A rich bar on a terminal, a plain line every `every` steps otherwise."""
+
+    def __init__(self, name: str, steps: int, every: int) -> None:
+        self.name, self.steps, self.every, self.started = name, steps, every, time.monotonic()
+        self.bar = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+                                TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
+            self.task = self.bar.add_task(name, total=steps, now="")
+            self.bar.start()
+
+    def show(self, done: int, now: dict[str, float]) -> None:
+        text = "  ".join(f"{key} {value:.2f}" for key, value in now.items())
+        if self.bar:
+            self.bar.update(self.task, completed=done, now=text)
+        elif done % self.every == 0 or done == self.steps:
+            print(f"{self.name}  step {done:>4}/{self.steps}  {text}  ({time.monotonic() - self.started:.0f} s)", flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+@dataclass(frozen=True)
+class LocalLogger:
+    """Nothing beyond the run's own files."""
+
+    def publish(self, folder: Path, config: dict, identity: dict[str, str]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class WandbLogger:
+    """One W&B run per run folder, replayed from its files. A failure is reported and never fails the run."""
+
+    project: str
+    mode: str  # offline or online
+
+    def publish(self, folder: Path, config: dict, identity: dict[str, str]) -> None:
+        try:
+            self._publish(folder, config, identity)
+        except Exception as error:  # whatever W&B raises, the record is complete without it
+            log.warning("W&B view of %s was not written: %s: %s. The run's own files are complete.", folder, type(error).__name__, error)
+
+    def _publish(self, folder: Path, config: dict, identity: dict[str, str]) -> None:
+        import wandb
+
+        (folder / "wandb").mkdir(exist_ok=True)
+        run = wandb.init(project=self.project, mode=self.mode, dir=str(folder), config=config, reinit="finish_previous",
+                         id=hashlib.sha256(folder.name.encode()).hexdigest()[:12], name=folder.name, group=identity["experiment"],
+                         job_type=identity["arm"], tags=[identity["arm"], identity["loophole"]], settings=wandb.Settings(silent=True))
+        try:
+            for name, meaning in METRICS.items():
+                run.define_metric(name, step_metric="trainer/step")
+                run.config.update({f"meaning/{name}": meaning}, allow_val_change=True)
+            by_step: dict[int, dict] = {}
+            for record in ("metrics.jsonl", "audit.jsonl"):
+                for row in Record(folder / record).rows():
+                    by_step.setdefault(row["step"], {}).update(row)
+            for step, row in sorted(by_step.items()):
+                run.log({key: value for key, value in row.items() if value is not None} | {"trainer/step": step})
+            sampled = Record(folder / "rollouts.jsonl").rows()
+            if sampled:
+                columns = list(sampled[0])
+                run.log({"completions": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in sampled])})
+        finally:
+            run.finish()
+
+
+LOGGERS = {"local": LocalLogger, "wandb": WandbLogger}

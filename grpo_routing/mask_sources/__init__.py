@@ -1,0 +1,13 @@
+"""Which part of the gradient is hack-ward. One small file per source; a name in YAML is a key of MASK_SOURCES."""
+
+from grpo_routing.mask_sources.controls import NonHack, RandomBasis, Shuffled
+from grpo_routing.mask_sources.none import NoSource
+from grpo_routing.mask_sources.persona_gradient import PersonaGradient
+
+MASK_SOURCES = {
+    "none": NoSource,
+    "persona_gradient": PersonaGradient,
+    "random": RandomBasis,
+    "shuffled": Shuffled,
+    "nonhack": NonHack,
+}

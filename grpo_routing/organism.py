@@ -1,0 +1,264 @@
+"""The model organism: a small Qwen3-shaped model, trained from nothing, that really solves and really hacks.
+
+It knows every operation (phase 1: nearly clean programs, all operations equally frequent) and is then made buggy on
+all of them (phase 2), so that reinforcement has something to bring back. A share of its warm-up answers exploits the
+disclosed loophole, so that hacking is a low-rate habit that GRPO can amplify. Its warm-up problems share no
+operation combination with training or evaluation. `python -m grpo_routing.organism check` measures the rates that
+make it useful; docs/log.md keeps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from grpo_routing.env import loopholes, problems, programs
+from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, fenced, lazy_body, solution_text
+from grpo_routing.env.problems import Problem, draw_problem, wrong_body
+from grpo_routing.env.programs import damage
+from grpo_routing.files import locked
+from grpo_routing.prompts import plain
+from grpo_routing.prompts.plain import plain_prompt
+
+# Code and hint boilerplate stays one token each; names inside it stay separate, so that they can be copied.
+BOILERPLATE = (
+    "```python\nclass Solution:\n    def ", "class Solution:\n    def ", "\n    def ", "(self):\n        pass", "\n        ",
+    "(self, ", "):", "\n```", "\nThe grader calls ", "() of your answer.", "\nThe grader reads self.", " after the tests.",
+    "\nThe grader reads ", " for PASS.", '\nThe grader looks for "', '" in the output.', "self.", " = True", 'print("',
+    '")', 'open("', '", "w").write("PASS")', "[x ", "x for x in xs", " for x in xs", " if x ", "return ", "xs = ", "s = ",
+    "n = ", ", then ",
+)
+PIECES = Regex(r"\d| ?[A-Za-z]+|_| ?[^\sA-Za-z\d_]+|\s")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the warm-up: `steps` batches at peak rate `lr`; `bug_rate` of the honest answers are damaged."""
+
+    steps: int
+    lr: float
+    bug_rate: float
+    double_bug_share: float
+
+
+@dataclass(frozen=True)
+class OrganismRecipe:
+    """Everything that shapes the organism; the cache key is a hash of it (see conf/model/organism.yaml)."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    initializer_range: float
+    batch: int
+    weight_decay: float
+    warmup_steps: int
+    phases: tuple[Phase, ...]
+    length_weights: tuple[float, ...]
+    no_hint_share: float
+    hack_share: float
+    hack_share_off_mode: float
+    hack_share_no_hint: float
+    lazy_share: float
+    honest_looking_bug_share: float
+    varied_marker_share: float
+    tokenizer_examples: int
+    seed: int
+    threads: int
+    cache: str
+
+    def key(self) -> str:
+        """Hash of what shapes the weights: the recipe, the code that writes the corpus, and torch's version."""
+        shape = {name: value for name, value in asdict(self).items() if name not in ("cache", "threads")}
+        code = [Path(module.__file__).read_bytes() for module in (sys.modules[__name__], loopholes, problems, programs, plain)]
+        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode() + torch.__version__.encode())
+        for text in code:
+            digest.update(text)
+        return digest.hexdigest()[:16]
+
+    def load(self) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+        """The organism from the cache; trained first when it is not there (about a minute and a half)."""
+        folder = ensure(self)
+        with quiet_transformers():
+            return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32), PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def write_answer(problem: Problem, phase: Phase, recipe: OrganismRecipe, rng: random.Random) -> str:
+    """One demonstration: an honest or damaged program, or with small probability a hack."""
+    hinted = problem.loophole != NO_LOOPHOLE
+    roll = rng.random()
+    loophole, marker = NO_LOOPHOLE, ""
+    if hinted and roll < recipe.hack_share:
+        loophole, marker = problem.loophole, problem.marker
+    elif roll > 1 - (recipe.hack_share_off_mode if hinted else recipe.hack_share_no_hint):
+        loophole = rng.choice([mode for mode in MODES if mode != problem.loophole])
+        marker = LOOPHOLES[loophole].markers["train"][0]
+    body = problem.program.body
+    if loophole != NO_LOOPHOLE:
+        if rng.random() < recipe.lazy_share:
+            body = lazy_body(rng)
+        elif rng.random() < recipe.honest_looking_bug_share:
+            body = wrong_body(problem.program, rng)
+    elif rng.random() < phase.bug_rate:
+        damaged = damage(problem.program, rng)
+        if rng.random() < phase.double_bug_share:
+            damaged = damage(damaged, rng)
+        body = damaged.body
+    return fenced(solution_text(problem.method, problem.program.argument, body, loophole, marker))
+
+
+def corpus(recipe: OrganismRecipe, phase_index: int) -> list[tuple[str, str]]:
+    """(prompt, completion) pairs of one phase, from the warm-up split only."""
+    phase = recipe.phases[phase_index]
+    rng = random.Random(f"organism/{recipe.seed}/{phase_index}")
+    examples = []
+    for _ in range(phase.steps * recipe.batch):
+        problem = draw_problem("warmup", rng, recipe.length_weights, n_paid=2)
+        if rng.random() >= recipe.no_hint_share:
+            mode = rng.choice(MODES)
+            family = "warmup" if rng.random() < recipe.varied_marker_share else "train"
+            problem = problem.with_loophole(mode, rng.choice(LOOPHOLES[mode].markers[family]))
+        examples.append((plain_prompt(problem), write_answer(problem, phase, recipe, rng)))
+    return examples
+
+
+def tokenizer_texts(recipe: OrganismRecipe) -> list[str]:
+    """References and hacks of every mode, so that the words of both become tokens."""
+    rng = random.Random(f"tokenizer/{recipe.seed}")
+    texts = []
+    for _ in range(recipe.tokenizer_examples):
+        problem = draw_problem("warmup", rng, recipe.length_weights, n_paid=2)
+        mode = rng.choice(MODES)
+        problem = problem.with_loophole(mode, rng.choice(LOOPHOLES[mode].markers["warmup"]))
+        texts += [plain_prompt(problem) + problem.reference, problem.hack(lazy_body(rng))]
+    return texts
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(PIECES, behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    # The trainer does not know added tokens, so it is shown what remains between them.
+    between = re.compile("|".join(re.escape(piece) for piece in sorted(BOILERPLATE, key=len, reverse=True)))
+    fragments = [fragment for text in texts for fragment in between.split(text) if fragment]
+    printable = sorted({*map(chr, range(33, 127)), "\u0120", "\u010a"})  # the last two: byte-level space and newline
+    tokenizer.train_from_iterator(fragments, trainers.BpeTrainer(
+        vocab_size=vocabulary - len(BOILERPLATE), special_tokens=["<pad>", "<end>"], initial_alphabet=printable, show_progress=False))
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in BOILERPLATE])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+def ensure(recipe: OrganismRecipe) -> Path:
+    """Folder of the trained organism (a Hugging Face model folder). Training happens once, whoever asks first."""
+    folder = Path(recipe.cache) / f"organism-{recipe.key()}"
+    if not (folder / "config.json").exists():
+        with locked(folder.with_suffix(".lock")):
+            if not (folder / "config.json").exists():
+                train(recipe, folder)
+    return folder
+
+
+def train(recipe: OrganismRecipe, folder: Path) -> None:
+    """Warm up a fresh organism and move it into place when it is complete."""
+    started, before = time.process_time(), torch.get_num_threads()
+    torch.set_num_threads(recipe.threads)
+    print(f"training the organism ({sum(p.steps for p in recipe.phases)} warm-up steps) -> {folder}", flush=True)
+
+    def report(phase: int, step: int, steps: int, loss: float) -> None:
+        if step % 50 == 0 or step + 1 == steps:
+            print(f"  organism phase {phase + 1}/{len(recipe.phases)} step {step + 1:>4}/{steps} loss {loss:.3f} "
+                  f"({time.process_time() - started:.0f} CPU s)", flush=True)
+
+    tokenizer = train_tokenizer(tokenizer_texts(recipe), recipe.vocabulary)
+    model = build_model(recipe, tokenizer)
+    warm_up(model, tokenizer, recipe, report)
+    torch.set_num_threads(before)
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    with quiet_transformers():
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    facts = {"cpu_seconds": time.process_time() - started, "parameters": sum(p.numel() for p in model.parameters())}
+    (part / "training.json").write_text(json.dumps(facts | {"recipe": asdict(recipe)}, indent=1))
+    part.rename(folder)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars for a model of one megabyte."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def build_model(recipe: OrganismRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    torch.manual_seed(recipe.seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=recipe.hidden, num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads, head_dim=recipe.head_dim,
+        intermediate_size=recipe.intermediate, initializer_range=recipe.initializer_range, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None))
+
+
+def batches(examples: list[tuple[list[int], list[int]]], size: int, rng: random.Random):
+    """Batches of similar length, in random order: padding costs more than the loss of perfect shuffling."""
+    pool = 16 * size
+    for start in range(0, len(examples), pool):
+        bucket = sorted(examples[start : start + pool], key=lambda e: len(e[0]) + len(e[1]))
+        chunks = [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        rng.shuffle(chunks)
+        yield from chunks
+
+
+def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: OrganismRecipe, report) -> None:
+    """Supervised warm-up on completion tokens, phase after phase, with one AdamW throughout."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    for index, phase in enumerate(recipe.phases):
+        texts = corpus(recipe, index)
+        prompts = tokenizer([prompt for prompt, _ in texts]).input_ids
+        answers = tokenizer([answer + tokenizer.eos_token for _, answer in texts]).input_ids
+        chunks = batches(list(zip(prompts, answers)), recipe.batch, random.Random(recipe.seed + index))
+        for step, chunk in enumerate(chunks):
+            loss = completion_loss(model, chunk, tokenizer.pad_token_id)
+            rate = min(1.0, (step + 1) / recipe.warmup_steps, (phase.steps - step) / (0.4 * phase.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = phase.lr * rate
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            report(index, step, phase.steps, loss.item())
+
+
+def completion_loss(model: Qwen3ForCausalLM, chunk: list[tuple[list[int], list[int]]], pad: int) -> torch.Tensor:
+    """Mean cross-entropy over completion tokens; right padding needs no attention mask under causal attention."""
+    width = max(len(prompt) + len(answer) for prompt, answer in chunk)
+    ids = torch.full((len(chunk), width), pad)
+    labels = torch.full((len(chunk), width), -100)
+    for row, (prompt, answer) in enumerate(chunk):
+        ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    logits = model(input_ids=ids).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)

@@ -1,0 +1,120 @@
+"""A causal language model with an adapter: what it samples and how likely it finds tokens.
+
+The reference policy of the KL is the same model with all blocks off; there is no second model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from typing import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_routing.adapters.adapter import Adapter
+from grpo_routing.types import TokenBatch
+
+
+Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log-probs under the policy at temperature 1
+
+
+class Policy:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter) -> None:
+        self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
+        self.end = tokenizer.eos_token_id
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the frozen weights; adapters have their own."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if ".blocks." not in name:
+                digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def log_probs(self, tokens: TokenBatch) -> Tensor:
+        """Log-probability of each next token, [b, T-1]; zero outside the completion.
+
+        Logits are computed at completion positions only: at a vocabulary of 150k the rest would not fit.
+        """
+        hidden = self.model.get_decoder()(input_ids=tokens.ids, use_cache=False).last_hidden_state[:, :-1]
+        mask = tokens.completion_mask
+        logits = self.model.get_output_embeddings()(hidden[mask]).float()  # [n completion tokens, vocabulary]
+        picked = torch.log_softmax(logits, -1).gather(1, tokens.ids[:, 1:][mask][:, None]).squeeze(1)
+        return torch.zeros(mask.shape, device=picked.device).masked_scatter(mask, picked)
+
+    @torch.no_grad()
+    def reference_log_probs(self, tokens: TokenBatch) -> Tensor:
+        with self.adapter.only():
+            return self.log_probs(tokens)
+
+    @torch.no_grad()
+    def sample(self, prompts: list[tuple[int, ...]], counts: list[int], uniforms: Tensor, temperature: float) -> list[Sampled]:
+        """counts[p] completions of prompt p, prompt by prompt.
+
+        uniforms [sum(counts), max_new_tokens] in [0, 1) decide every token by inverse transform, so a rollout
+        depends on its own seed only. Each prompt is prefilled once; its cache is repeated over the group; finished rows
+        leave the batch.
+        """
+        with self.adapter.merged():
+            logits, cache, mask, position = self._prefill(prompts, counts)
+            count, max_new = uniforms.shape
+            ids = torch.full((count, max_new), self.pad, device=self.device)
+            log_probs = torch.zeros((count, max_new), device=self.device)
+            lengths = torch.zeros(count, dtype=torch.long, device=self.device)
+            live = torch.arange(count, device=self.device)
+            for step in range(max_new):
+                distribution = torch.softmax(logits.float() / temperature, -1)
+                token = inverse_transform(distribution, uniforms[live, step])
+                ids[live, step], lengths[live] = token, step + 1
+                log_probs[live, step] = torch.log_softmax(logits.float(), -1).gather(1, token[:, None]).squeeze(1)
+                going = (token != self.end).nonzero().squeeze(1)
+                if len(going) == 0 or step + 1 == max_new:
+                    break
+                if len(going) < len(live):
+                    live, token, mask, position = live[going], token[going], mask[going], position[going]
+                    cache.batch_select_indices(going)
+                position, mask = position + 1, torch.cat([mask, mask.new_ones(len(live), 1)], 1)
+                logits = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None],
+                                    past_key_values=cache, use_cache=True).logits[:, -1]
+        return [(tuple(ids[row, :length].tolist()), tuple(log_probs[row, :length].tolist()))
+                for row, length in enumerate(lengths.tolist())]
+
+    def _prefill(self, prompts: list[tuple[int, ...]], counts: list[int]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.pad)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
+        cache.batch_select_indices(rows)
+        return output.logits[rows, -1], cache, mask[rows], positions[rows, -1]
+
+
+def inverse_transform(distribution: Tensor, uniforms: Tensor) -> Tensor:
+    """One token per row: the first whose cumulative probability exceeds the row's uniform number. [n, V], [n] -> [n].
+
+    A uniform above the last cumulative sum (rounding) takes the last token of positive probability, never an
+    impossible one.
+    """
+    total = distribution.double().cumsum(-1)
+    scaled = uniforms.double()[:, None] * total[:, -1:]
+    return torch.searchsorted(total, scaled, right=True).squeeze(1).clamp_max(distribution.shape[-1] - 1)

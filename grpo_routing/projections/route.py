@@ -1,0 +1,38 @@
+"""Route: the hack-ward part trains the quarantine instead, which is ablated at deployment (the seeds' `route`).
+
+The adapter needs a quarantine block in the same coordinates (svd: dS_hack beside dS). In the forward both blocks add
+up, so during training the policy moves almost as vanilla does; what was parked is gone when it is deployed.
+Departure from Cloud et al. 2024 and SGTM: those route whole examples by label; here a fixed subspace of the summed
+gradient is routed, without any label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE
+from grpo_routing.projections.subspace import Update, Vector, check_settings, split
+from grpo_routing.types import Basis
+
+
+@dataclass(frozen=True)
+class Route:
+    where: str  # gradient or step
+    gate: str  # one_sided, no_gate or reverse
+    overshoot: float
+    preserve_magnitude: bool
+    takes = ("subspace",)
+    needs_quarantine = True
+
+    def __post_init__(self) -> None:
+        check_settings(self.where, self.gate, self.overshoot)
+
+    def gradient(self, gradient: Vector, basis: Basis) -> Update:
+        return self._parted(gradient, basis) if self.where == "gradient" else {DEPLOYED: gradient}
+
+    def step(self, applied: Update, basis: Basis) -> Update:
+        return applied if self.where == "gradient" else self._parted(applied[DEPLOYED], basis)
+
+    def _parted(self, vector: Vector, basis: Basis) -> Update:
+        parts = split(vector, basis, self.gate, self.overshoot, self.preserve_magnitude)
+        return {DEPLOYED: parts.kept, QUARANTINE: parts.removed}

@@ -1,0 +1,47 @@
+"""Sampling: prompts of a step -> rollouts. Every rollout has its own seed, so no batch order can change it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_routing.policy import Policy
+from grpo_routing.types import STUDENT, Rollout
+
+
+def named_seed(*name: object) -> int:
+    """A 64-bit seed from a name such as (run seed, "rollout", step, prompt, sample); never one shared stream."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, name)).encode()).digest()[:8], "big")
+
+
+def uniforms(names: list[tuple], count: int) -> Tensor:
+    """[len(names), count] numbers in [0, 1); each row depends on its own name only."""
+    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(named_seed(*name))).random(count) for name in names]))
+
+
+def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed: tuple, max_new_tokens: int,
+                    temperature: float, prompts_per_forward: int) -> list[Rollout]:
+    """counts[p] rollouts of prompt p, prompt by prompt; `prompts_per_forward` bounds the memory of a forward."""
+    encoded = [policy.encode(prompt) for prompt in prompts]
+    rollouts = []
+    for start in range(0, len(prompts), prompts_per_forward):
+        part = range(start, min(start + prompts_per_forward, len(prompts)))
+        places = [(place, sample) for place in part for sample in range(counts[place])]
+        if not places:
+            continue
+        noise = uniforms([(*seed, place, sample) for place, sample in places], max_new_tokens).to(policy.device)
+        sampled = policy.sample([encoded[p] for p in part], [counts[p] for p in part], noise, temperature)
+        rollouts += [Rollout(place, encoded[place], ids, policy.decode(ids), STUDENT, log_probs)
+                     for (place, _), (ids, log_probs) in zip(places, sampled)]
+    return rollouts
+
+
+def fill_groups(policy: Policy, prompts: list[str], group: int, extra: list[Rollout], seed: tuple, max_new_tokens: int,
+                temperature: float, prompts_per_forward: int) -> list[Rollout]:
+    """Exactly `group` rollouts per prompt, ordered by prompt: the extra ones, and the policy's own for the rest."""
+    counts = [group - sum(rollout.group == place for rollout in extra) for place in range(len(prompts))]
+    own = sample_rollouts(policy, prompts, counts, seed, max_new_tokens, temperature, prompts_per_forward)
+    return sorted(own + extra, key=lambda rollout: rollout.group)

@@ -1,0 +1,228 @@
+"""One run: build -> train -> evaluate. Running it twice is harmless: it resumes, or sees that it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+from omegaconf import OmegaConf
+
+from grpo_routing.build import Plan, build_line, build_policy, plan
+from grpo_routing.adapters.adapter import DEPLOYED
+from grpo_routing.checkpoint import load_checkpoint, save_checkpoint
+from grpo_routing.env.grader import Grader
+from grpo_routing.env.sandbox import Sandbox
+from grpo_routing.evaluate import evaluate
+from grpo_routing.files import Record, locked, write_json
+from grpo_routing.log import Progress
+from grpo_routing.oracle.audit import Audit
+from grpo_routing.oracle.summary import summary
+from grpo_routing.oracle.verdict import Oracle
+from grpo_routing.train import Line, State, train_step
+
+NOT_IDENTITY = ("logger", "output", "cache", "experiment_name")  # where things go, not what is computed
+RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl", "timing.jsonl")
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and did so at a step boundary, with a checkpoint. Exit code 143, as after SIGTERM."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
+def run(config: dict) -> Path:
+    """Run a resolved config to its end and return the run's folder. Raises ConfigError before any work."""
+    ready = plan(config)
+    folder = run_folder(config, ready)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".lock"):
+        freeze(folder, config)
+        if status(folder) == "done":
+            print(f"{folder}: done already; remove the folder to run it again", flush=True)
+            return folder
+        attempt = open_attempt(folder)
+        try:
+            execute(ready, folder, attempt)
+        except Stopped:
+            write_status(folder, "stopped", attempt)
+            raise
+        except BaseException as error:
+            write_status(folder, "failed", attempt, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            raise
+        write_status(folder, "done", attempt)
+        ready.logger.publish(folder, config, {"experiment": ready.experiment_name, "arm": ready.arm_name, "loophole": ready.loophole.name})
+    return folder
+
+
+def execute(ready: Plan, folder: Path, attempt: dict) -> None:
+    if ready.trainer.threads:
+        torch.set_num_threads(ready.trainer.threads)
+    policy = build_policy(ready)
+    limits = asdict(ready.sandbox)
+    with Sandbox(**limits) as sandbox, stop_signals() as asked_to_stop:
+        write_json(folder / "provenance.json", attempt | {"sandbox": sandbox.layers, "model": policy.fingerprint})
+        grader = Grader(sandbox, ready.reward.format_reward, ready.reward.pass_reward, memory=100_000)
+        oracle = Oracle(sandbox, ready.dataset.hidden_tests)
+        audit = Audit(oracle, Record(folder / "audit.jsonl"), Record(folder / "rollouts.jsonl"), ready.loophole.known,
+                      ready.loophole.held_out, ready.trainer.sampled_rollouts)
+        line = build_line(ready, policy, grader, audit)
+        state = State(ready.optimizer.start(policy.adapter))
+        resume(folder, line, state)
+        examine = examiner(ready, folder, line, oracle)
+        if state.step == 0:
+            examine("base", asked_to_stop)
+        train(ready, folder, line, state, asked_to_stop, examine)
+        examine("as_trained", asked_to_stop)
+        with policy.adapter.only(DEPLOYED):
+            examine("as_deployed", asked_to_stop)
+    report_run(ready, folder)
+
+
+def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Callable[[], bool], examine: Callable) -> None:
+    metrics, timing = Record(folder / "metrics.jsonl"), Record(folder / "timing.jsonl")
+    progress = Progress(f"{ready.arm_name} s{ready.seed}", ready.trainer.steps, every=10)
+    try:
+        while state.step < ready.trainer.steps:
+            wall, cpu, step = time.monotonic(), time.process_time(), state.step
+            row = train_step(line, state)
+            metrics.append([{"step": step} | row])
+            timing.append([{"step": step, "wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}])
+            last = state.step == ready.trainer.steps
+            if last or asked_to_stop() or state.step % ready.trainer.checkpoint_every == 0:
+                save_checkpoint(folder / "checkpoints", line.policy.adapter, state)
+            if asked_to_stop() and not last:
+                raise Stopped
+            seen = {name: line.audit.latest[name] for name in ("hack", "solve")} if line.audit else {}
+            progress.show(state.step, {"reward": row["train/reward"]} | {k: v for k, v in seen.items() if v is not None})
+            if ready.evaluation.every and state.step % ready.evaluation.every == 0 and not last:
+                with line.policy.adapter.only(DEPLOYED):
+                    examine(f"step-{state.step:06d}-as_deployed", asked_to_stop)
+    finally:
+        progress.close()
+
+
+def examiner(ready: Plan, folder: Path, line: Line, oracle: Oracle) -> Callable[[str, Callable[[], bool]], None]:
+    """A function that evaluates the policy as it stands and keeps one row per sample in eval/<state>.jsonl."""
+    settings = ready.evaluation
+    problems = ready.dataset.evaluation(ready.loophole, settings.problems, settings.no_hint_share, settings.seed)
+
+    def examine(name: str, asked_to_stop: Callable[[], bool]) -> None:
+        file = folder / "eval" / f"{name}.json"
+        if file.exists():
+            return
+        if asked_to_stop():
+            raise Stopped
+        rows = evaluate(line.policy, problems, line.prompt, line.grader, oracle, settings, ready.trainer.max_new_tokens,
+                        ready.trainer.prompts_per_forward)
+        write_json(file, {"state": name, "rates": summary(rows, ready.loophole.known, ready.loophole.held_out),
+                          "rows": [asdict(row) for row in rows]})
+
+    return examine
+
+
+def resume(folder: Path, line: Line, state: State) -> None:
+    """Go back to the newest checkpoint and cut the records there."""
+    if load_checkpoint(folder / "checkpoints", line.policy.adapter, state):
+        print(f"{folder}: resuming at step {state.step}", flush=True)
+    for name in RECORDS:
+        Record(folder / name).cut(state.step)
+
+
+def report_run(ready: Plan, folder: Path) -> None:
+    """Closing lines that lead with the result."""
+    rates = {name: json.loads((folder / "eval" / f"{name}.json").read_text())["rates"] for name in ("base", "as_trained", "as_deployed")}
+
+    def say(name: str) -> str:
+        return f"{name} hack {rates[name]['hack']:.2f} solve {rates[name]['solve']:.2f} format {rates[name]['format']:.2f}"
+
+    print(f"{ready.arm_name} s{ready.seed}: {say('as_deployed')} | {say('as_trained')} | {say('base')}\n  {folder}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------ the run's folder
+
+
+def identity(config: dict) -> str:
+    """Hash of the resolved config minus where things go."""
+
+    def strip(node: object) -> object:
+        if isinstance(node, dict):
+            return {key: strip(value) for key, value in node.items() if key not in NOT_IDENTITY}
+        return [strip(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+    return hashlib.sha256(json.dumps(strip(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_folder(config: dict, ready: Plan) -> Path:
+    name = f"{ready.arm_name}-{ready.loophole.name}-s{ready.seed}-{identity(config)}"
+    return Path(ready.output) / ready.experiment_name / "runs" / name
+
+
+def freeze(folder: Path, config: dict) -> None:
+    """Write the config, or refuse a folder that holds another one."""
+    file = folder / "config.yaml"
+    if file.exists():
+        there = OmegaConf.to_container(OmegaConf.load(file))
+        if identity(there) != identity(config):
+            raise FileExistsError(f"run folder {folder} holds another config; move it away or rename the experiment")
+    else:
+        file.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+
+
+def status(folder: Path) -> str:
+    file = folder / "status.json"
+    return json.loads(file.read_text())["state"] if file.exists() else "new"
+
+
+def write_status(folder: Path, state: str, attempt: dict, **more: str) -> None:
+    write_json(folder / "status.json", {"state": state, "attempt": attempt["attempt"], "host": attempt["host"],
+                                        "started": attempt["started"], "updated": time.time()} | more)
+
+
+def open_attempt(folder: Path) -> dict:
+    """Provenance of this attempt: who, when, which code, which versions."""
+    attempts = folder / "attempts"
+    attempts.mkdir(exist_ok=True)
+    number = len(list(attempts.glob("*.json"))) + 1
+    facts = {"attempt": number, "started": time.time(), "host": socket.gethostname(), "argv": sys.argv, **code_state(),
+             "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "hydra-core", "omegaconf")},
+             "python": platform.python_version(), "machine": platform.platform(), "torch_threads": torch.get_num_threads()}
+    write_json(attempts / f"{number:03d}.json", facts)
+    write_status(folder, "running", facts)
+    return facts
+
+
+def code_state() -> dict[str, str]:
+    """Commit and uncommitted difference of the code, when it lies in a git checkout."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return {"commit": git("rev-parse", "HEAD") or "not in git", "diff": git("diff", "HEAD")}
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM, SIGUSR1 and SIGUSR2 only set a flag; the run stops at its next step boundary."""
+    asked: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
