@@ -1,5 +1,7 @@
 """Untrusted code: every attack that we could name, in each configuration, with honest work afterwards."""
 
+# ruff: noqa: E501  (attack programs and tables of values read best as one line each)
+
 import os
 import signal
 import struct
@@ -71,11 +73,25 @@ def test_outcome_of_honest_code(box):
 
 @pytest.mark.parametrize(
     "value",
-    [None, True, 0, -(2**80), 1.5, float("inf"), "é\ud800\n\0", [], [[1], {}], {"a": [1.0]}, {1: 2, None: {True: []}}],
+    [
+        None,
+        True,
+        0,
+        -(2**80),
+        1.5,
+        float("inf"),
+        "é\ud800\n\0",
+        [],
+        [[1], {}],
+        {"a": [1.0]},
+        {1: 2, None: {True: []}},
+    ],
     ids=repr,
 )
 def test_plain_values_go_in_and_come_back(box, value):
-    outcome = box.run(Submission("class Solution:\n def echo(self, x): return x", "echo", ((value,), ([value],))))
+    outcome = box.run(
+        Submission("class Solution:\n def echo(self, x): return x", "echo", ((value,), ([value],)))
+    )
     assert same([one.value for one in outcome.returns], [value, [value]])
 
 
@@ -143,7 +159,9 @@ def test_statuses_of_broken_code(box, code, status, message):
 TESTED = HONEST + "def run_tests():\n    return {value}\n"
 
 
-@pytest.mark.parametrize(("value", "counts"), [("None", True), ("1", True), ("False", False), ("1 / 0", False)])
+@pytest.mark.parametrize(
+    ("value", "counts"), [("None", True), ("1", True), ("False", False), ("1 / 0", False)]
+)
 def test_call_function(box, value, counts):
     assert box.run(submit(TESTED.format(value=value), call_function="run_tests")).function_returned is counts
 
@@ -202,7 +220,10 @@ def test_stdout_is_bounded(box):
         ("with open('./result.txt', 'w') as f: f.write('pass'); f.write('ed')", "passed"),
         ("with open('result.txt', 'wb') as f: f.write(b'passed')", "passed"),
         ("import pathlib; pathlib.Path('result.txt').write_text('passed')", "passed"),
-        ("open('result.txt', 'w').write('no'); f = open('result.txt', 'a'); f.write(' way'); f.close()", "no way"),
+        (
+            "open('result.txt', 'w').write('no'); f = open('result.txt', 'a'); f.write(' way'); f.close()",
+            "no way",
+        ),
         ("open('result.txt', 'w').write('x'); open('result.txt', 'w').close()", ""),
         ("f = open('a', 'w'); f.write('q'); f.close(); open('result.txt', 'w').write(open('a').read())", "q"),
         ("open(os.path.join(os.getcwd(), 'result.txt'), 'w').write('passed')", "passed"),
@@ -222,7 +243,16 @@ def test_without_file_mode_nothing_can_be_opened(box):
     assert (outcome.status, outcome.message) == ("error", "PermissionError: Operation not permitted")
 
 
-@pytest.mark.parametrize("make", ["os.symlink('/etc/hostname', {})", "os.mkfifo({})", "os.mknod({}, 0o20666, os.makedev(1, 3))", "os.link('real', {})", "os.mkdir({})"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        "os.symlink('/etc/hostname', {})",
+        "os.mkfifo({})",
+        "os.mknod({}, 0o20666, os.makedev(1, 3))",
+        "os.link('real', {})",
+        "os.mkdir({})",
+    ],
+)
 def test_only_a_small_regular_file_is_read(tmp_path, make):
     (tmp_path / "real").write_text("passed")
     directory = os.open(tmp_path, os.O_RDONLY)
@@ -410,7 +440,7 @@ def test_endless_programs_end_by_the_clock_with_honest_ones_in_between(box):
     outcomes = box.run_many(mixed)
     assert time.monotonic() - started < WALL * len(attacks)  # two at a time
     assert all(one.returns == RIGHT for one in outcomes[::2])
-    for name, outcome in zip(ENDLESS, outcomes[1::2]):
+    for name, outcome in zip(ENDLESS, outcomes[1::2], strict=True):
         expected = "error" if "text of an exception" in name else "timeout"
         assert outcome.status == expected, (name, outcome)
         assert_not_paid(outcome)
@@ -555,6 +585,13 @@ class Solution:
     assert outcome.status == "error" and "channel" in outcome.message
 
 
+def test_processor_time_is_limited_too(box):
+    with Sandbox(1, 30.0, 1, MEMORY, "unsafe", _offered=box._offer) as patient:
+        started = time.monotonic()
+        assert patient.run(submit("while True: pass")).status == "timeout"
+        assert time.monotonic() - started < 15
+
+
 def test_too_many_files_are_stopped(box):
     code = "i = 0\nwhile True:\n  i += 1\n  open(f'f{i}', 'w').write('x' * 65536)"
     outcome = box.run(submit(code, read_file="result.txt"))
@@ -585,7 +622,9 @@ def run_filter(program: bytes, number: int, architecture: int, argument_3: int =
 
 
 @pytest.mark.parametrize("profile", confine.PROFILES)
-@pytest.mark.parametrize(("column", "machine", "architecture"), [(0, "x86_64", 0xC000003E), (1, "aarch64", 0xC00000B7)])
+@pytest.mark.parametrize(
+    ("column", "machine", "architecture"), [(0, "x86_64", 0xC000003E), (1, "aarch64", 0xC00000B7)]
+)
 def test_filter_allows_exactly_its_profile(profile, column, machine, architecture):
     program = confine.assemble(profile, machine)
     numbers = {pair[column] for pair in confine.PROFILES[profile].values()}
@@ -604,16 +643,24 @@ def test_filter_allows_exactly_its_profile(profile, column, machine, architectur
 def test_order_is_kept_under_mixed_attackers(box):
     attackers = [submit(code) for code, _ in ATTACKS.values() if "while True" not in code][:12]
     honest = [Submission(HONEST, "add", ((i, i),)) for i in range(24)]
-    mixed = [one for pair in zip(honest[::2], attackers, honest[1::2]) for one in pair]
+    mixed = [one for pair in zip(honest[::2], attackers, honest[1::2], strict=True) for one in pair]
     outcomes = box.run_many(mixed)
-    assert [one.returns[0].value for i, one in enumerate(outcomes) if i % 3 != 1] == [2 * i for i in range(24)]
+    assert [one.returns[0].value for i, one in enumerate(outcomes) if i % 3 != 1] == [
+        2 * i for i in range(24)
+    ]
     assert box.run_many([]) == []
 
 
 def test_same_submission_same_outcome(box):
     code = "import random\nclass Solution:\n  def add(self, a, b): return [random.random(), list({'a', 'b', 'c'}), hash('x')]\nprint(hash('y'))"
-    many = box.run_many([submit(code)] * 6 + [submit("raise ValueError(object())")] * 2 + [submit("raise ValueError(str(object()))")] * 4)
-    assert len(set(map(repr, many[:6]))) == len(set(map(repr, many[6:8]))) == len(set(map(repr, many[8:]))) == 1
+    many = box.run_many(
+        [submit(code)] * 6
+        + [submit("raise ValueError(object())")] * 2
+        + [submit("raise ValueError(str(object()))")] * 4
+    )
+    assert (
+        len(set(map(repr, many[:6]))) == len(set(map(repr, many[6:8]))) == len(set(map(repr, many[8:]))) == 1
+    )
     assert many[-1].message == "ValueError: <object object at 0x...>"
 
 
@@ -621,7 +668,9 @@ def test_threads_of_the_caller_may_share_it(box):
     results = {}
 
     def work(number):
-        results[number] = [box.run(Submission(HONEST, "add", ((number, i),))).returns[0].value for i in range(5)]
+        results[number] = [
+            box.run(Submission(HONEST, "add", ((number, i),))).returns[0].value for i in range(5)
+        ]
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     [one.start() for one in threads]
@@ -632,7 +681,10 @@ def test_threads_of_the_caller_may_share_it(box):
 def test_layers_say_what_is_active(box):
     layers = box.layers
     assert layers["seccomp"] is True and layers["landlock"] == box._offer.landlock
-    assert set(layers) == {"seccomp", "landlock", "uid_drop", "description"} and "seccomp" in layers["description"]
+    assert (
+        set(layers) == {"seccomp", "landlock", "uid_drop", "description"}
+        and "seccomp" in layers["description"]
+    )
 
 
 def test_nothing_is_leaked_into_the_zygote(box, tmp_path):
@@ -676,7 +728,15 @@ def test_unsafe_is_only_limits_and_still_leaves_nothing():
         assert_unharmed(box)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1.0, 1, 256, "seccomp"), (1, 0, 1, 256, "seccomp"), (1, 1.0, 1, 8, "seccomp"), (1, 1.0, 1, 256, "none")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (0, 1.0, 1, 256, "seccomp"),
+        (1, 0, 1, 256, "seccomp"),
+        (1, 1.0, 1, 8, "seccomp"),
+        (1, 1.0, 1, 256, "none"),
+    ],
+)
 def test_bad_settings_are_refused(arguments):
     with pytest.raises(ValueError, match="expected|minimum is one of"):
         Sandbox(*arguments)
@@ -701,7 +761,9 @@ def test_a_dead_zygote_is_our_error_and_is_not_restarted():
 def test_no_descriptor_is_left():
     before = sorted(os.listdir("/proc/self/fd"))
     with Sandbox(2, WALL, CPU, MEMORY, "unsafe") as box:
-        box.run_many([submit(HONEST, read_file="result.txt"), submit("1 / 0"), submit("import os; os._exit(0)")])
+        box.run_many(
+            [submit(HONEST, read_file="result.txt"), submit("1 / 0"), submit("import os; os._exit(0)")]
+        )
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
@@ -716,7 +778,7 @@ def test_close_is_final_and_may_be_repeated():
         box.run(submit(HONEST))
 
 
-def test_the_zygote_and_its_child_end_with_the_parent():
+def test_the_zygote_and_its_child_end_with_the_parent(tmp_path):
     """The parent is killed while a submission runs: end of file on the control socket ends both."""
     code = (
         "import sys, threading, time\n"
@@ -728,7 +790,13 @@ def test_the_zygote_and_its_child_end_with_the_parent():
         "print(box._servers[0].pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"TMPDIR": str(tmp_path)},  # a killed parent cannot remove its directory
+    ) as parent:
         zygote = int(parent.stdout.readline())
         children = Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split()
         assert len(children) == 1
@@ -749,7 +817,9 @@ def alive(pid: int) -> bool:
 # --- comparison -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [None, True, 1, 1.0, "1", [], [1], [[1.0], {"a": None}], {"a": 1, "b": [2]}, {1: 2}], ids=repr)
+@pytest.mark.parametrize(
+    "value", [None, True, 1, 1.0, "1", [], [1], [[1.0], {"a": None}], {"a": 1, "b": [2]}, {1: 2}], ids=repr
+)
 def test_same_holds(value):
     assert same(plain.decode(plain.loads(plain.encode(value))), value)
 

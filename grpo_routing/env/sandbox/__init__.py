@@ -195,7 +195,9 @@ class Sandbox:
             patience = min(latest for _, _, latest in busy.values()) - time.monotonic()
             ready = poller.poll(max(patience, 0) * 1000)
             if not ready:
-                raise SandboxError(f"a fork server did not report within {_PATIENCE:.0f} s of the time limit.")
+                raise SandboxError(
+                    f"a fork server did not report within {_PATIENCE:.0f} s of the time limit."
+                )
             for descriptor, _ in ready:
                 server, index, _ = busy[descriptor]
                 report = server.receive()

@@ -14,6 +14,7 @@ Loaded by path inside the zygote: standard library only, no relative imports.
 """
 
 import __future__
+
 import ast
 import json
 import os
@@ -50,7 +51,9 @@ def serve(request: tuple, namespace: dict, encode, NotPlain, flush_stdout) -> No
     out_of_memory = nonce + '{"status":"memory","message":"MemoryError"}'
     too_much = nonce + '{"status":"output_limit","message":"the returns are too large together"}'
     try:
-        text = nonce + drive(program, namespace, method, calls, call_function, read_attribute, encode, NotPlain)
+        text = nonce + drive(
+            program, namespace, method, calls, call_function, read_attribute, encode, NotPlain
+        )
     except MemoryError:
         ballast.clear()
         text = out_of_memory
@@ -107,55 +110,51 @@ def drive(program, namespace, method, calls, call_function, read_attribute, enco
     problems: list[str] = []
     instance, bound = _start(program, namespace, method, problems)
     if bound is _MISSING:
-        return '{"status":"error","message":%s}' % encode(problems[0])
+        return '{"status":"error","message":' + encode(problems[0]) + "}"
 
     returns = []
     for arguments in calls:
-        value = _attempt(lambda: bound(*arguments), problems)
+        value = _attempt(problems, bound, *arguments)
         returns.append('["raised"]' if value is _MISSING else _written(value, encode, NotPlain, problems))
 
     function_returned = attribute_true = False
     if call_function is not None:
-        function = _attempt(lambda: getattr(instance, call_function, _MISSING), problems)
+        function = _attempt(problems, getattr, instance, call_function, _MISSING)
         if function is _MISSING:
             function = namespace.get(call_function, _MISSING)
         if function is not _MISSING:
-            outcome = _attempt(lambda: function(), problems)
-            function_returned = outcome is not _MISSING and outcome is not False
+            value = _attempt(problems, function)
+            function_returned = value is not _MISSING and value is not False
     if read_attribute is not None:
         for owner in (instance, namespace.get("Solution")):
-            value = _attempt(lambda: getattr(owner, read_attribute, _MISSING), problems)
+            value = _attempt(problems, getattr, owner, read_attribute, _MISSING)
             attribute_true = attribute_true or value is True
 
     _set_trace(None), _set_profile(None), _set_recursion_limit(1000)
-    return '{"status":"ok","returns":[%s],"function":%s,"attribute":%s,"message":%s}' % (
-        ",".join(returns),
-        "true" if function_returned else "false",
-        "true" if attribute_true else "false",
-        encode(problems[0] if problems else ""),
-    )
+    claims = '"function":' + encode(function_returned) + ',"attribute":' + encode(attribute_true)
+    message = encode(problems[0] if problems else "")
+    return '{"status":"ok","returns":[' + ",".join(returns) + "]," + claims + ',"message":' + message + "}"
 
 
 def _start(program, namespace: dict, method: str, problems: list[str]) -> tuple[object, object]:
     """Run the module, make `Solution()` and find its method; _MISSING where that failed."""
-    _attempt(lambda: exec(program, namespace), problems)
+    _attempt(problems, exec, program, namespace)
     if problems:
         return _MISSING, _MISSING
     solution = namespace.get("Solution", _MISSING)
     if solution is _MISSING:
         problems.append("the code defines no class Solution")
         return _MISSING, _MISSING
-    instance = _attempt(lambda: solution(), problems)
+    instance = _attempt(problems, solution)
     if instance is _MISSING:
         return _MISSING, _MISSING
-    bound = _attempt(lambda: getattr(instance, method), problems)
-    return instance, bound
+    return instance, _attempt(problems, getattr, instance, method)
 
 
-def _attempt(action, problems: list[str]):
-    """Result of `action()`, or _MISSING if it raised; the description is appended to `problems`."""
+def _attempt(problems: list[str], action, *arguments):
+    """Result of `action(*arguments)`; _MISSING if it raised, and then `problems` says what."""
     try:
-        return action()
+        return action(*arguments)
     except SystemExit:
         raise EarlyExit from None
     except MemoryError:
@@ -168,7 +167,7 @@ def _attempt(action, problems: list[str]):
 def _written(value: object, encode, NotPlain, problems: list[str]) -> str:
     """Written down at once: a later call may change the very list that this one returned."""
     try:
-        return '["value",%s]' % encode(value)
+        return '["value",' + encode(value) + "]"
     except (NotPlain, RecursionError) as problem:
         problems.append(describe(problem))
         return '["unsupported"]'

@@ -22,7 +22,17 @@ class MemoryFiles:
         self._name, self._descriptor = name, descriptor
         self._made: dict[str, io.BytesIO | None] = {}
 
-    def open(self, file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
+    def open(
+        self,
+        file,
+        mode="r",
+        buffering=-1,
+        encoding=None,
+        errors=None,
+        newline=None,
+        closefd=True,
+        opener=None,
+    ):
         """Same arguments as the builtin; FileNotFoundError, FileExistsError, PermissionError likewise."""
         path = os.fspath(file) if not isinstance(file, int) else None
         if isinstance(path, bytes):

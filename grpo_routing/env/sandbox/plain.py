@@ -13,8 +13,8 @@ imports, and no method of the value is ever called.
 import json
 from json.encoder import encode_basestring_ascii
 
-MAX_DEPTH = 64          # nesting of lists and dicts
-MAX_BITS = 8192         # of an int; Python itself refuses to print more than 4300 digits
+MAX_DEPTH = 64  # nesting of lists and dicts
+MAX_BITS = 8192  # of an int; Python itself refuses to print more than 4300 digits
 MAX_CHARACTERS = 192 * 1024  # of the encoded text of everything that one submission returns
 
 _SCALARS = (type(None), bool, int, float, str)
@@ -130,7 +130,7 @@ def same(value: object, expected: object) -> bool:
         return (
             type(value) is list
             and len(value) == len(expected)
-            and all(same(one, other) for one, other in zip(value, expected))
+            and all(same(one, other) for one, other in zip(value, expected, strict=True))
         )
     if kind is dict:
         if type(value) is not dict or len(value) != len(expected):

@@ -8,6 +8,7 @@ fork is safe; it never reads what a submission wrote, so it cannot be talked int
 at a time. It ends when the control socket does, and its child with it.
 """
 
+# ruff: noqa: E402  (one thing has to happen before random and threading are imported)
 import builtins
 import gc
 import importlib
@@ -45,7 +46,10 @@ weakref zlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16 encodi
 """.split()
 
 # What the code of a submission finds in scope, as on the sites that such problems come from.
-PRELUDE_MODULES = "bisect collections copy datetime functools heapq itertools json math operator os random re string sys time typing".split()
+PRELUDE_MODULES = """
+bisect collections copy datetime functools heapq itertools json math operator os random re string sys
+time typing
+""".split()
 PRELUDE_NAMES = "bisect collections functools heapq itertools math typing".split()
 
 
@@ -82,7 +86,7 @@ class Zygote:
     """Settings, and everything that is made once and used by every child."""
 
     def __init__(self, control: socket.socket, settings: dict):
-        self.control = control
+        self.control, self.pid = control, os.getpid()
         self.wall_seconds = settings["wall_seconds"]
         self.landlock = settings["landlock"]
         self.filters = {}
@@ -227,6 +231,8 @@ class Zygote:
         if self.drops_uid:
             drop_uid()
         confine.die_with_parent(signal.SIGKILL)
+        if os.getppid() != self.pid:
+            os._exit(CHILD_FAILED)  # it died before the line above; nobody would stop our clock
         if ruleset is not None:
             confine.enter(ruleset, self.landlock)
         os.closerange(kept, 256)
