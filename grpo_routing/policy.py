@@ -52,9 +52,10 @@ class Policy:
         """
         hidden = self.model.get_decoder()(input_ids=tokens.ids, use_cache=False).last_hidden_state[:, :-1]
         mask = tokens.completion_mask
-        logits = self.model.get_output_embeddings()(hidden[mask]).float()  # [n completion tokens, vocabulary]
-        picked = torch.log_softmax(logits, -1).gather(1, tokens.ids[:, 1:][mask][:, None]).squeeze(1)
-        return torch.zeros(mask.shape, device=picked.device).masked_scatter(mask, picked)
+        logits = self.model.get_output_embeddings()(hidden[mask])  # [n completion tokens, vocabulary]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        picked = torch.log_softmax(wide, -1).gather(1, tokens.ids[:, 1:][mask][:, None]).squeeze(1)
+        return picked.new_zeros(mask.shape).masked_scatter(mask, picked)
 
     @torch.no_grad()
     def reference_log_probs(self, tokens: TokenBatch) -> Tensor:

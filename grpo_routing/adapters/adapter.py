@@ -164,7 +164,8 @@ def flat_gradient(leaves: list[Tensor]) -> Tensor:
     missing = [tuple(leaf.shape) for leaf in leaves if leaf.grad is None]
     if missing:
         raise RuntimeError(f"no gradient reached adapter parameters of shape {missing}; is the module used in the forward?")
-    return torch.cat([leaf.grad.flatten(1) for leaf in leaves], dim=1).float()
+    flat = torch.cat([leaf.grad.flatten(1) for leaf in leaves], dim=1)
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))  # half precision is widened, double kept
 
 
 def wrap(model: nn.Module, make) -> Adapter:

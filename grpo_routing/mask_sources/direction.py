@@ -59,14 +59,15 @@ def pair_differences(policy: Policy, pairs: list[Pair], first: str, second: str,
 def fit_basis(differences: dict[str, Tensor], k: int, tau: float, floor: float) -> Basis:
     """The basis of differences [N, D] per module. Raises ValueError when no module has a direction left."""
     axes = {name: _module_axes(rows, k, tau) for name, rows in differences.items()}
-    least = torch.quantile(torch.cat([strength for _, strength in axes.values()]), floor)
+    strengths = torch.cat([strength for _, strength in axes.values()])
+    if not len(strengths):
+        raise ValueError("the pairs give no direction in any module: hack and clean gradients coincide")
+    least = torch.quantile(strengths, floor)
     kept = {}
     for name, (rows, strength) in axes.items():
         chosen = rows[strength >= least]
         if len(chosen):
             kept[name] = chosen
-    if not kept:
-        raise ValueError("the pairs give no direction in any module: hack and clean gradients coincide")
     return Basis(kept)
 
 
@@ -76,7 +77,7 @@ def _module_axes(differences: Tensor, k: int, tau: float) -> tuple[Tensor, Tenso
     votes = ((differences.double() @ axes.T) > 0).sum(0) * 2 - len(differences)
     axes = axes * torch.where(votes < 0, -1.0, 1.0)[:, None]
     keep = (strength >= tau * strength[0]) & (strength > 1e-9)
-    return axes[keep].float(), strength[keep].float()
+    return axes[keep].to(differences.dtype), strength[keep]
 
 
 def separation(differences: dict[str, Tensor], basis: Basis) -> float:

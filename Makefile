@@ -1,0 +1,46 @@
+# `make` alone prints this menu. Every target makes the virtual environment when it is missing.
+.DEFAULT_GOAL := help
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PYTHON3 ?= python3
+
+help:  ## this menu
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: $(VENV)/ready  ## make the virtual environment (.venv), nothing else
+
+$(VENV)/ready: constraints.txt pyproject.toml
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: $(VENV)/ready  ## train the organism, run six arms of one seed, print and write their comparison (< 10 minutes)
+	$(PYTHON) -m grpo_routing -m experiment=first
+	$(PYTHON) -m grpo_routing.report outputs/first
+
+test: $(VENV)/ready  ## the test suite (<= 10 minutes on two cores)
+	$(PYTHON) -m pytest
+
+test-slow: $(VENV)/ready  ## the tests that train for minutes
+	$(PYTHON) -m pytest -m slow
+
+smoke: $(VENV)/ready  ## every stage once, in seconds, with an untrained model
+	$(PYTHON) -m grpo_routing model=tiny_random trainer=smoke evaluation=smoke arm=erase experiment_name=smoke
+
+check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the organism's ten-seed check (half an hour)
+	$(PYTHON) -m grpo_routing.env.check
+	$(PYTHON) -m grpo_routing.organism check
+
+bench: bench-grader bench-gradient  ## all benchmarks
+
+bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
+	$(PYTHON) -m benchmarks.grader
+
+bench-gradient: $(VENV)/ready  ## batched per-rollout gradients against one backward per completion
+	$(PYTHON) -m benchmarks.gradient
+
+lint: $(VENV)/ready  ## ruff
+	$(PYTHON) -m ruff check .
+
+.PHONY: help setup run test test-slow smoke check bench bench-grader bench-gradient lint

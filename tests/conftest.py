@@ -1,0 +1,48 @@
+"""What several claims need: a composed config, and a tiny policy whose adapter is off its starting point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from grpo_routing import build
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+SMOKE = ("model=tiny_random", "trainer=smoke", "evaluation=smoke")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def config(cache):
+    """config(*overrides) -> resolved config of a smoke-sized run, as a dict."""
+
+    def make(*overrides: str) -> dict:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("config", overrides=[*SMOKE, f"cache={cache}", *overrides])
+        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+
+    return make
+
+
+@pytest.fixture
+def tiny_policy(config):
+    """tiny_policy(adapter) -> an untrained policy in float64 with random nonzero adapter parameters."""
+
+    def make(adapter: str = "lora", seed: int = 0) -> build.Policy:
+        policy = build.build_policy(build.plan(config(f"adapter={adapter}")))
+        policy.model.double()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for tensor in policy.adapter.state().values():
+                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
+        return policy
+
+    return make

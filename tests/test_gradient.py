@@ -1,0 +1,142 @@
+"""Claims about per-rollout gradients: exact, from one backward, whatever the micro-batch (architecture.md §5, pitfalls.md T3)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE
+from grpo_routing.gradient import PolicyLoss, rollout_gradients
+from grpo_routing.types import RolloutGrads, TokenBatch
+
+ADAPTERS = ("lora", "svd")
+
+
+def some_tokens(policy, rows=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    top = policy.model.config.vocab_size
+
+    def draw(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return tuple(torch.randint(2, top, (length,), generator=generator).tolist())
+
+    return TokenBatch.of([(draw(3, 7), draw(2, 9)) for _ in range(rows)], policy.pad)
+
+
+def advantages_for(rows=6):
+    return torch.tensor([0.5, -0.25, 0.0, 1.0, -1.25, 0.75], dtype=torch.float64)[:rows]
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def textbook_gradient(policy, tokens, advantages, denominator):
+    """Dr.GRPO from its formula with plain autograd: no wrappers of ours but the model's forward."""
+    parameters = {name: list(module.values()) for name, module in policy.adapter.parameters().items()}
+    logits = policy.model(input_ids=tokens.ids).logits[:, :-1]
+    log_probs = torch.log_softmax(logits, -1).gather(2, tokens.ids[:, 1:, None]).squeeze(2)
+    loss = -(advantages[:, None] * log_probs * tokens.completion_mask).sum() / denominator
+    flat = [p.requires_grad_() for own in parameters.values() for p in own]
+    grads = iter(torch.autograd.grad(loss, flat))
+    return {name: torch.cat([next(grads).flatten() for _ in own]) for name, own in parameters.items()}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_summed_gradient_is_the_textbook_dr_grpo_backward(tiny_policy, adapter):
+    policy = tiny_policy(adapter)
+    tokens, advantages = some_tokens(policy), advantages_for()
+    result = rollout_gradients(policy, tokens, advantages, PolicyLoss(0.2, 0.0, 100), micro_batch=4)
+    expected = textbook_gradient(policy, tokens, advantages, 100)
+    for name, gradient in result.grads.summed().items():
+        assert relative(gradient, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_each_row_equals_its_rollouts_own_backward(tiny_policy, adapter):
+    policy = tiny_policy(adapter)
+    tokens, advantages = some_tokens(policy), advantages_for()
+    rows = rollout_gradients(policy, tokens, advantages, PolicyLoss(0.2, 0.0, 100), micro_batch=6).grads.modules
+    for row in range(6):
+        alone = textbook_gradient(policy, tokens.rows([row]), advantages[[row]], 100)
+        for name, expected in alone.items():
+            if advantages[row] == 0:
+                assert not rows[name][row].any()
+            else:
+                assert relative(rows[name][row], expected) < 1e-11, (name, row)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_the_micro_batch_size_changes_nothing(tiny_policy, adapter, kl_weight):
+    policy = tiny_policy(adapter)
+    tokens, advantages, loss = some_tokens(policy), advantages_for(), PolicyLoss(0.2, kl_weight, 100)
+    whole = rollout_gradients(policy, tokens, advantages, loss, micro_batch=6)
+    for size in (1, 2, 4, 5):
+        parts = rollout_gradients(policy, tokens, advantages, loss, micro_batch=size)
+        for name, expected in whole.grads.modules.items():
+            assert relative(parts.grads.modules[name], expected) < 1e-11
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-11)
+
+
+def test_single_precision_stays_within_a_millionth(tiny_policy):
+    policy = tiny_policy("lora")
+    policy.model.float()
+    tokens, advantages, loss = some_tokens(policy), advantages_for().float(), PolicyLoss(0.2, 0.0, 100)
+    whole = rollout_gradients(policy, tokens, advantages, loss, micro_batch=6).grads.summed()
+    for size in (1, 2, 4):
+        parts = rollout_gradients(policy, tokens, advantages, loss, micro_batch=size).grads.summed()
+        assert all(relative(parts[name], whole[name]) < 1e-6 for name in whole)
+
+
+def test_an_advantage_scales_its_row(tiny_policy):
+    """g_i = A_i * g_i^unit with one inner step and no KL, so scores can be made independent of the advantage."""
+    policy = tiny_policy("lora")
+    tokens, loss = some_tokens(policy), PolicyLoss(0.2, 0.0, 100)
+    unit = rollout_gradients(policy, tokens, torch.ones(6, dtype=torch.float64), loss, 6).grads.modules
+    scaled = rollout_gradients(policy, tokens, advantages_for(), loss, 6).grads.modules
+    for name, rows in scaled.items():
+        assert relative(rows, advantages_for()[:, None] * unit[name]) < 1e-6, name
+
+
+def test_both_knobs_of_the_svd_adapter_have_bitwise_equal_gradients(tiny_policy):
+    """P11: on shared axes nothing but the projection tells the blocks apart."""
+    policy = tiny_policy("svd")
+    loss = -policy.log_probs(some_tokens(policy)).sum()
+    loss.backward()
+    for name, module in policy.adapter.parameters(DEPLOYED).items():
+        assert torch.equal(module["dS"].grad, policy.adapter.parameters(QUARANTINE)[name]["dS"].grad)
+
+
+def test_the_ratio_is_one_at_the_first_inner_step_and_clips_later(tiny_policy):
+    """P16; and a second inner step with a moved policy is the clipped surrogate."""
+    policy = tiny_policy("lora")
+    tokens, advantages = some_tokens(policy), advantages_for()
+    first = rollout_gradients(policy, tokens, advantages, PolicyLoss(0.2, 0.0, 100), 6)
+    assert first.ratio == 1.0
+    moved = torch.where(tokens.completion_mask, first.old_log_probs - 1.0, first.old_log_probs)  # ratio e, beyond the clip
+    again = rollout_gradients(policy, tokens, advantages, PolicyLoss(0.2, 0.0, 100), 6, moved)
+    for rows in again.grads.modules.values():
+        assert not rows[advantages > 0].any()  # gain is capped: min(e A, 1.2 A) is constant
+        assert rows[advantages < 0].any()  # a loss is not
+
+
+def test_the_k3_penalty_pulls_towards_the_base_model(tiny_policy):
+    policy = tiny_policy("lora")
+    tokens, still = some_tokens(policy), torch.zeros(6, dtype=torch.float64)
+    assert rollout_gradients(policy, tokens, still, PolicyLoss(0.2, 0.0, 100), 6).loss == 0.0
+    result = rollout_gradients(policy, tokens, still, PolicyLoss(0.2, 0.5, 100), 6)
+    gap = (policy.reference_log_probs(tokens) - policy.log_probs(tokens).detach())[tokens.completion_mask]
+    expected = float((torch.exp(gap) - gap - 1).mean())
+    assert result.kl == pytest.approx(expected) and result.kl > 0
+    with torch.no_grad():
+        for tensor in policy.adapter.state().values():
+            tensor.zero_()
+    assert rollout_gradients(policy, tokens, still, PolicyLoss(0.2, 0.5, 100), 6).kl == pytest.approx(0.0, abs=1e-12)
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"completion_mask is \[2, 5\] but ids is \[2, 5\]; the mask must be one shorter"):
+        TokenBatch(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="same number of rollouts"):
+        RolloutGrads({"a": torch.zeros(2, 3), "b": torch.zeros(3, 3)})
