@@ -7,7 +7,9 @@ resumes do not exist in W&B (pitfalls.md W1), and a replay gives one clean W&B r
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -98,23 +100,30 @@ class WandbLogger:
     project: str
     mode: str  # offline or online
 
+    def __post_init__(self) -> None:
+        if self.mode not in ("offline", "online"):
+            raise ValueError(f"logger.mode must be offline or online; got {self.mode!r}. For no W&B at all use logger=local")
+
     def publish(self, folder: Path, config: dict, identity: dict[str, str]) -> None:
         try:
             self._publish(folder, config, identity)
         except Exception as error:  # whatever W&B raises, the record is complete without it
-            log.warning("W&B view of %s was not written: %s: %s. The run's own files are complete.", folder, type(error).__name__, error)
+            log.warning("W&B view of %s was not written: %s: %s. The run's own files are complete.",
+                        folder, type(error).__name__, error)
 
     def _publish(self, folder: Path, config: dict, identity: dict[str, str]) -> None:
         import wandb
 
-        (folder / "wandb").mkdir(exist_ok=True)
-        run = wandb.init(project=self.project, mode=self.mode, dir=str(folder), config=config, reinit="finish_previous",
-                         id=hashlib.sha256(folder.name.encode()).hexdigest()[:12], name=folder.name, group=identity["experiment"],
-                         job_type=identity["arm"], tags=[identity["arm"], identity["loophole"]], settings=wandb.Settings(silent=True))
+        shutil.rmtree(folder / "wandb", ignore_errors=True)  # of a publication that was interrupted: one run, one view
+        (folder / "wandb").mkdir()
+        name = f"{identity['experiment']}/{folder.name}"  # the same run may belong to two experiments
+        run = wandb.init(project=self.project, mode=self.mode, dir=str(folder), config=config | {"meaning": METRICS},
+                         id=hashlib.sha256(name.encode()).hexdigest()[:12], name=folder.name, group=identity["experiment"],
+                         job_type=identity["arm"], tags=[identity["arm"], identity["loophole"]], reinit="finish_previous",
+                         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True))  # a replay: nothing to watch
         try:
-            for name, meaning in METRICS.items():
-                run.define_metric(name, step_metric="trainer/step")
-                run.config.update({f"meaning/{name}": meaning}, allow_val_change=True)
+            for metric in METRICS:
+                run.define_metric(metric, step_metric="trainer/step")
             by_step: dict[int, dict] = {}
             for record in ("metrics.jsonl", "audit.jsonl"):
                 for row in Record(folder / record).rows():
@@ -125,6 +134,9 @@ class WandbLogger:
             if sampled:
                 columns = list(sampled[0])
                 run.log({"completions": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in sampled])})
+            for file in sorted((folder / "eval").glob("*.json")):
+                rates = json.loads(file.read_text(encoding="utf-8"))["rates"]
+                run.summary.update({f"eval/{file.stem}/{name}": value for name, value in rates.items() if value is not None})
         finally:
             run.finish()
 

@@ -10,6 +10,7 @@ make it useful; docs/log.md keeps them.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import random
 import re
@@ -26,12 +27,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from grpo_routing.env import loopholes, problems, programs
 from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, fenced, lazy_body, solution_text
 from grpo_routing.env.problems import Problem, draw_problem, wrong_body
 from grpo_routing.env.programs import damage
 from grpo_routing.files import locked
-from grpo_routing.prompts import plain
 from grpo_routing.prompts.plain import plain_prompt
 
 # Code and hint boilerplate stays one token each; names inside it stay separate, so that they can be copied.
@@ -85,13 +84,12 @@ class OrganismRecipe:
     cache: str
 
     def key(self) -> str:
-        """Hash of what shapes the weights: the recipe, the code that writes the corpus, and torch's version."""
+        """Hash of what shapes the weights: the recipe, a sample of the corpus that it writes, the training code, torch."""
         shape = {name: value for name, value in asdict(self).items() if name not in ("cache", "threads")}
-        code = [Path(module.__file__).read_bytes() for module in (sys.modules[__name__], loopholes, problems, programs, plain)]
-        digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode() + torch.__version__.encode())
-        for text in code:
-            digest.update(text)
-        return digest.hexdigest()[:16]
+        sample = [corpus(self, phase, limit=200) for phase in range(len(self.phases))] + tokenizer_texts(self, limit=25)
+        code = [inspect.getsource(part) for part in (train_tokenizer, build_model, batches, warm_up, completion_loss)]
+        parts = (json.dumps(shape, sort_keys=True), repr(sample), *code, torch.__version__)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def load(self) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
         """The organism from the cache; trained first when it is not there (about a minute and a half)."""
@@ -124,12 +122,12 @@ def write_answer(problem: Problem, phase: Phase, recipe: OrganismRecipe, rng: ra
     return fenced(solution_text(problem.method, problem.program.argument, body, loophole, marker))
 
 
-def corpus(recipe: OrganismRecipe, phase_index: int) -> list[tuple[str, str]]:
-    """(prompt, completion) pairs of one phase, from the warm-up split only."""
+def corpus(recipe: OrganismRecipe, phase_index: int, limit: int | None = None) -> list[tuple[str, str]]:
+    """(prompt, completion) pairs of one phase (or its first `limit`), from the warm-up split only."""
     phase = recipe.phases[phase_index]
     rng = random.Random(f"organism/{recipe.seed}/{phase_index}")
     examples = []
-    for _ in range(phase.steps * recipe.batch):
+    for _ in range(limit or phase.steps * recipe.batch):
         problem = draw_problem("warmup", rng, recipe.length_weights, n_paid=2)
         if rng.random() >= recipe.no_hint_share:
             mode = rng.choice(MODES)
@@ -139,11 +137,11 @@ def corpus(recipe: OrganismRecipe, phase_index: int) -> list[tuple[str, str]]:
     return examples
 
 
-def tokenizer_texts(recipe: OrganismRecipe) -> list[str]:
+def tokenizer_texts(recipe: OrganismRecipe, limit: int | None = None) -> list[str]:
     """References and hacks of every mode, so that the words of both become tokens."""
     rng = random.Random(f"tokenizer/{recipe.seed}")
     texts = []
-    for _ in range(recipe.tokenizer_examples):
+    for _ in range(limit or recipe.tokenizer_examples):
         problem = draw_problem("warmup", rng, recipe.length_weights, n_paid=2)
         mode = rng.choice(MODES)
         problem = problem.with_loophole(mode, rng.choice(LOOPHOLES[mode].markers["warmup"]))
@@ -262,3 +260,9 @@ def completion_loss(model: Qwen3ForCausalLM, chunk: list[tuple[list[int], list[i
         labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     logits = model(input_ids=ids).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+if __name__ == "__main__":
+    from grpo_routing.organism_check import main
+
+    raise SystemExit(main(sys.argv[1:]))

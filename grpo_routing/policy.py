@@ -113,9 +113,9 @@ class Policy:
 def inverse_transform(distribution: Tensor, uniforms: Tensor) -> Tensor:
     """One token per row: the first whose cumulative probability exceeds the row's uniform number. [n, V], [n] -> [n].
 
-    A uniform above the last cumulative sum (rounding) takes the last token of positive probability, never an
-    impossible one.
+    Rounding must not carry a uniform near 1 past the last token of positive probability.
     """
     total = distribution.double().cumsum(-1)
-    scaled = uniforms.double()[:, None] * total[:, -1:]
-    return torch.searchsorted(total, scaled, right=True).squeeze(1).clamp_max(distribution.shape[-1] - 1)
+    top = total[:, -1:]
+    scaled = torch.minimum(uniforms.double()[:, None] * top, torch.nextafter(top, torch.zeros_like(top)))
+    return torch.searchsorted(total, scaled, right=True).squeeze(1)

@@ -87,8 +87,12 @@ def execute(ready: Plan, folder: Path, attempt: dict) -> None:
             examine("base", asked_to_stop)
         train(ready, folder, line, state, asked_to_stop, examine)
         examine("as_trained", asked_to_stop)
-        with policy.adapter.only(DEPLOYED):
-            examine("as_deployed", asked_to_stop)
+        if policy.adapter.has_quarantine:
+            with policy.adapter.only(DEPLOYED):
+                examine("as_deployed", asked_to_stop)
+        else:  # nothing is deleted at deployment: the same policy, so the same samples
+            trained = json.loads((folder / "eval" / "as_trained.json").read_text())
+            write_json(folder / "eval" / "as_deployed.json", trained | {"state": "as_deployed"})
     report_run(ready, folder)
 
 

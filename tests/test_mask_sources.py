@@ -134,13 +134,18 @@ def test_a_fit_is_cached_by_what_shapes_it(tiny_policy, source, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
-def test_holding_out_too_many_pairs_is_refused(tiny_policy, source):
-    with pytest.raises(ValueError, match=r"mask_source.held_out=11 of 12 pairs .* leaves fewer than 2 to fit"):
-        source("persona_gradient", "mask_source.held_out=11").fit(tiny_policy())
+@pytest.mark.parametrize(("override", "message"), [
+    ("mask_source.held_out=11", r"mask_source.held_out=11 of 12 pairs .* leaves fewer than 2 to fit"),
+    ("mask_source.k=0", r"a direction needs k >= 1"),
+    ("mask_source.pairs=absent.yaml", r"no pair file 'absent.yaml'; shipped: opchains.yaml"),
+])
+def test_unusable_settings_are_refused_when_the_config_is_read(source, override, message):
+    with pytest.raises(build.ConfigError, match=message):
+        source("persona_gradient", override)
 
 
-def test_nonhack_needs_neutral_answers(tiny_policy, source, tmp_path):
+def test_nonhack_needs_neutral_answers(source, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("".join(f"- {{loophole: run_tests, prompt: p{n}, hack: h, clean: c}}\n" for n in range(3)))
-    with pytest.raises(ValueError, match=r"needs a `neutral` completion in every pair; .* lacks it in pairs \[1, 2, 3\]"):
-        source("nonhack", f"mask_source.pairs={file}", "mask_source.held_out=0").fit(tiny_policy())
+    with pytest.raises(build.ConfigError, match=r"needs a `neutral` completion in every pair; .* lacks it in pairs \[1, 2, 3\]"):
+        source("nonhack", f"mask_source.pairs={file}", "mask_source.held_out=0")

@@ -31,7 +31,7 @@ class Grade:
 def extract_code(completion: str) -> str | None:
     """All blocks fenced as python or unlabelled, joined by an empty line; None without any (baselines.md A2)."""
     blocks = [body.strip() for label, body in FENCE.findall(completion) if label.strip().lower() in ("", "python", "py")]
-    return "\n\n".join(blocks) or None
+    return "\n\n".join(block for block in blocks if block) or None
 
 
 def submission(problem: Problem, code: str, cases: tuple) -> Submission:

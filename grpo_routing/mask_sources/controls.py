@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_routing.mask_sources.direction import DirectionSource, completion_gradients, pair_differences
-from grpo_routing.mask_sources.pairs import Pair, PairFileError
+from grpo_routing.mask_sources.pairs import Pair, PairFileError, load_pairs
 from grpo_routing.policy import Policy
 from grpo_routing.types import Basis
 
@@ -48,8 +48,11 @@ class Shuffled(DirectionSource):
 
 @dataclass(frozen=True)
 class NonHack(DirectionSource):
-    def differences(self, policy: Policy, pairs: list[Pair]) -> dict[str, Tensor]:
-        bare = [number for number, pair in enumerate(pairs, 1) if not pair.neutral]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bare = [number for number, pair in enumerate(load_pairs(self.pairs, self.known), 1) if not pair.neutral]
         if bare:
             raise PairFileError(f"mask_source=nonhack needs a `neutral` completion in every pair; {self.pairs} lacks it in pairs {bare}")
+
+    def differences(self, policy: Policy, pairs: list[Pair]) -> dict[str, Tensor]:
         return pair_differences(policy, pairs, "neutral", "clean", self.micro_batch)

@@ -126,12 +126,18 @@ class DirectionSource(ABC):
     reads = ("pairs of known loopholes",)
     uses_oracle = False
 
-    def fit(self, policy: Policy) -> Fit:
-        """Raises PairFileError for unusable pairs, ValueError when too few are left after holding some out."""
+    def __post_init__(self) -> None:
+        """Refuse unusable pairs when the config is read. Raises PairFileError or ValueError."""
         pairs = load_pairs(self.pairs, self.known)
         if not 0 <= self.held_out <= len(pairs) - 2:
             raise ValueError(f"mask_source.held_out={self.held_out} of {len(pairs)} pairs for {list(self.known)} leaves fewer "
                              f"than 2 to fit; lower it or write more pairs")
+        if self.k < 1 or not 0 <= self.tau <= 1 or not 0 <= self.floor < 1:
+            raise ValueError(f"a direction needs k >= 1, tau in [0, 1] and floor in [0, 1); got {self.k}, {self.tau}, {self.floor}")
+
+    def fit(self, policy: Policy) -> Fit:
+        """The basis for the policy as it stands, from the cache when the same fit was made before."""
+        pairs = load_pairs(self.pairs, self.known)
         file = Path(self.cache) / f"{self._key(policy, pairs)}.safetensors"
         if not file.exists():
             self._store(file, self._fit(policy, pairs))

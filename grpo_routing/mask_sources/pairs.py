@@ -41,13 +41,15 @@ def load_pairs(file: str, known: tuple[str, ...]) -> list[Pair]:
 
     Raises PairFileError with the line for anything malformed, and when no known loophole has a pair.
     """
-    path = Path(file) if Path(file).exists() else SHIPPED / file
-    if not path.exists():
+    path = Path(file) if Path(file).is_file() else SHIPPED / file
+    if not path.is_file():
         raise PairFileError(f"no pair file {file!r}; shipped: {', '.join(sorted(p.name for p in SHIPPED.glob('*.yaml')))}")
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise PairFileError(f"{path}: not YAML: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        raise PairFileError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}{_hint(error)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PairFileError(f"{path}: not UTF-8 text in YAML: {error}") from error
     if not isinstance(root, yaml.SequenceNode) or not root.value:
         raise PairFileError(f"{path}:1: expected a list of pairs (lines that start with '- ')")
     pairs = [_pair(path, node) for node in root.value]
@@ -57,11 +59,15 @@ def load_pairs(file: str, known: tuple[str, ...]) -> list[Pair]:
     return chosen
 
 
+def _hint(error: yaml.MarkedYAMLError) -> str:
+    return ". Indent with spaces" if "\\t" in error.problem else ""
+
+
 def _pair(path: Path, node: yaml.Node) -> Pair:
     line = node.start_mark.line + 1
     if not isinstance(node, yaml.MappingNode):
         raise PairFileError(f"{path}:{line}: expected a pair with the keys {', '.join(REQUIRED)}")
-    values = {}
+    values, places = {}, {}
     for key, value in node.value:
         where = f"{path}:{key.start_mark.line + 1}"
         if key.value not in REQUIRED + OPTIONAL:
@@ -70,14 +76,15 @@ def _pair(path: Path, node: yaml.Node) -> Pair:
             raise PairFileError(f"{where}: {key.value!r} is given twice")
         if not isinstance(value, yaml.ScalarNode) or value.tag != "tag:yaml.org,2002:str" or not value.value.strip():
             raise PairFileError(f"{where}: {key.value!r} must be non-empty text")
-        values[key.value] = value.value
+        values[key.value] = value.value.encode("utf-16", "surrogatepass").decode("utf-16")  # JSON may halve an emoji
+        places[key.value] = where
     missing = [key for key in REQUIRED if key not in values]
     if missing:
         raise PairFileError(f"{path}:{line}: the pair lacks {', '.join(missing)}")
     if values["loophole"] not in MODES:
-        raise PairFileError(f"{path}:{line}: unknown loophole {values['loophole']!r}; choose from {', '.join(MODES)}")
+        raise PairFileError(f"{places['loophole']}: unknown loophole {values['loophole']!r}; choose from {', '.join(MODES)}")
     if values["hack"] == values["clean"]:
-        raise PairFileError(f"{path}:{line}: hack and clean are the same text; the pair has no direction")
+        raise PairFileError(f"{places['clean']}: hack and clean are the same text; the pair has no direction")
     return Pair(**values)
 
 

@@ -1,0 +1,105 @@
+"""What batching buys, in one process: ratios of CPU seconds, medians over interleaved rounds.
+
+    pairs      gradients of all pair completions, per-rollout in batches, against one backward per completion (>= 5 x)
+    rollouts   one backward with a gradient per rollout, against the plain summed backward (about 1 x)
+    step       a GRPO step that erases along a fitted basis, against one that only measures (about 1 x)
+
+Uses the organism from the cache (trains it when it is not there) and one thread.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, replace
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from grpo_routing import build
+from grpo_routing.__main__ import CONF
+from grpo_routing.env.grader import Grader
+from grpo_routing.env.sandbox import Sandbox
+from grpo_routing.gradient import PolicyLoss, rollout_gradients
+from grpo_routing.mask_sources.direction import completion_gradients
+from grpo_routing.mask_sources.pairs import load_pairs
+from grpo_routing.train import State, train_step
+from grpo_routing.types import TokenBatch
+
+ROUNDS = 7
+
+
+def planned(*overrides: str) -> build.Plan:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return build.plan(OmegaConf.to_container(compose("config", ["loophole=held_out", *overrides]), resolve=True))
+
+
+def compare(title: str, slow: tuple[str, callable], fast: tuple[str, callable]) -> float:
+    """Interleave both, print medians and the ratio slow / fast."""
+    times: dict[str, list[float]] = {slow[0]: [], fast[0]: []}
+    for _ in range(ROUNDS):
+        for name, work in (slow, fast):
+            started = time.process_time()
+            work()
+            times[name].append(time.process_time() - started)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+    ratio = medians[slow[0]] / medians[fast[0]]
+    print(f"{title:<10} " + "   ".join(f"{name} {1000 * value:8.1f} ms" for name, value in medians.items()) + f"   ratio {ratio:.2f}", flush=True)
+    return ratio
+
+
+def pairs() -> float:
+    policy = build.build_policy(planned())
+    texts = [(pair.prompt, text) for pair in load_pairs("opchains.yaml", ("run_tests", "sentinel", "stdout_marker"))
+             for text in (pair.hack, pair.clean)]
+
+    def one_by_one() -> None:
+        for prompt, completion in texts:
+            tokens = TokenBatch.of([(policy.encode(prompt), policy.encode(completion) + (policy.end,))], policy.pad)
+            log_probs = policy.log_probs(tokens)
+            policy.model.zero_grad()
+            (-log_probs.sum() / tokens.completion_mask.sum()).backward()
+
+    return compare(f"pairs ({len(texts)})", ("one backward each", one_by_one), ("batched", lambda: completion_gradients(policy, texts, 64)))
+
+
+def rollouts() -> float:
+    policy = build.build_policy(planned())
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda length: tuple(torch.randint(2, 400, (length,), generator=generator).tolist())
+    tokens = TokenBatch.of([(draw(22), draw(24)) for _ in range(64)], policy.pad)
+    advantages, loss = torch.randn(64, generator=generator), PolicyLoss(0.2, 0.0, 64 * 48)
+
+    def summed() -> None:
+        policy.model.zero_grad()
+        log_probs = policy.log_probs(tokens)
+        loss(log_probs, log_probs.detach(), None, advantages, tokens.completion_mask).sum().backward()
+
+    return compare("rollouts", ("per rollout", lambda: rollout_gradients(policy, tokens, advantages, loss, 64)), ("summed", summed))
+
+
+def step() -> float:
+    plans = {name: planned(f"arm={name}", "mask_source.refresh_every=0") for name in ("erase", "vanilla")}
+    with Sandbox(**asdict(plans["erase"].sandbox)) as sandbox:
+        lines = {}
+        for name, plan in plans.items():
+            policy = build.build_policy(plan)
+            line = build.build_line(plan, policy, Grader(sandbox, 0.25, 1.0, 100_000), None)
+            lines[name] = (replace(line, optimizer=replace(line.optimizer, lr=0.0)), State(plan.optimizer.start(policy.adapter)))
+            train_step(*lines[name])
+        return compare("step", *((name, lambda name=name: train_step(*lines[name])) for name in ("erase", "vanilla")))
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    ratio = pairs()
+    rollouts()
+    step()
+    if ratio < 5:
+        print(f"FAIL: batched pair gradients are {ratio:.1f} x as fast as one backward each; expected at least 5 x")
+    return 0 if ratio >= 5 else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

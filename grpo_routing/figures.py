@@ -1,0 +1,334 @@
+"""The results as shown: the table as text and as Markdown, its notes, and the picture. `report.py` reads the runs."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections import defaultdict
+from dataclasses import dataclass
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from grpo_routing.files import write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from grpo_routing.report import Arm, Run
+
+BASE, TRAINED, DEPLOYED = "base", "as_trained", "as_deployed"
+WIDTH = 120  # columns of the text
+RATES = {"hack": "hack", "known": "hack_known", "held-out": "hack_held_out", "attempted": "attempted", "lazy": "lazy",
+         "format": "format", "solve": "solve"}  # column -> rate
+COLUMNS = (*RATES, "Δ base", "last-5 hack", "last-5 solve")
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy's line of the table: `block` is the heading above it, a cell is a value and its interval."""
+
+    block: str
+    arm: tuple[str, str]  # label, flags
+    state: tuple[str, str]
+    seeds: str
+    cells: tuple[tuple[str, str], ...]  # one per column
+
+
+def table_rows(arms: list[Arm]) -> list[Row]:
+    """The distinct bases, then every arm; one row for an arm whose two states are one policy."""
+    bases: dict[str, list[tuple[Arm, Run]]] = defaultdict(list)
+    for arm in arms:
+        for run in arm.runs:
+            bases[json.dumps(run.evaluations[BASE].rates, sort_keys=True)].append((arm, run))
+    rows = []
+    for same in bases.values():
+        who = "" if len(bases) == 1 else "of " + ", ".join(f"{arm.label} s{run.config['seed']}" for arm, run in same)
+        arm, run = same[0]
+        rows.append(Row("", ("base", who), ("untrained", ""), "", cells(type(arm)(arm.label, (run,)), BASE)))
+    for arm in arms:
+        head, seeds = (arm.label, ", ".join(arm.flags)), str(len(arm.runs))
+        if arm.same_policy:
+            rows.append(Row(arm.block, head, ("as trained", "= deployed"), seeds, cells(arm, TRAINED)))
+        else:
+            rows.append(Row(arm.block, head, ("as trained", ""), seeds, cells(arm, TRAINED)))
+            rows.append(Row(arm.block, ("", ""), ("as deployed", ""), "", cells(arm, DEPLOYED)))
+    return rows
+
+
+def cells(arm: Arm, state: str) -> tuple[tuple[str, str], ...]:
+    """The columns of one policy. last-5 is measured while training, so it stands beside the policy as trained."""
+    rates = [(number(arm.mean(state, rate)), interval(arm.span(state, rate))) for rate in RATES.values()]
+    gain = "" if state == BASE else number(arm.gain(state), "+.2f")
+    last = [number(arm.last(rate)) if state == TRAINED else "" for rate in ("hack", "solve")]
+    return (*rates, (gain, ""), *((value, "") for value in last))
+
+
+def wrapped(label: str, width: int) -> list[str]:
+    """A label in lines; names break behind an underscore."""
+    return [line.replace("_ ", "_") for line in textwrap.wrap(label.replace("_", "_ "), width)]
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def interval(span: tuple[float, float] | None) -> str:
+    return "–".join(f"{bound:.2f}".removeprefix("0") for bound in span) if span else ""
+
+
+def text(arms: list[Arm], unfinished: list[Run], name: str) -> str:
+    """The table, its notes and the unfinished runs in WIDTH columns; without colour, so that a pipe gets the same."""
+    table, block = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style=""), ""
+    for column in ("arm", "policy", "n", *COLUMNS):
+        left = column in ("arm", "policy")
+        table.add_column(column.replace("5 ", "5\n"), justify="left" if left else "right")
+    for row in table_rows(arms):
+        if row.block != block:
+            block = row.block
+            table.add_row(f"\n── {block}")
+        head = "\n".join(line for words in row.arm for line in wrapped(words, 24))
+        table.add_row(head, "\n".join(row.state).rstrip(), row.seeds, *("\n".join(cell).rstrip() for cell in row.cells))
+    screen = StringIO()
+    Console(file=screen, width=WIDTH, color_system=None, highlight=False, markup=False).print(table)
+    lines = [heading(arms, unfinished, name), ""]
+    if arms:
+        said = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes(arms)]
+        lines += [*screen.getvalue().splitlines(), "", *said, ""]
+    lines += [f"{len(unfinished)} not finished and in no row of the table:"] if unfinished else []
+    lines += [textwrap.fill(f"  {line}", WIDTH, subsequent_indent="    ") for line in states(unfinished)]
+    return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
+
+
+def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
+    """The same as a page, with the picture and each run's pedigree."""
+    lines = [f"# {name}", "", heading(arms, unfinished, name).partition(": ")[2], ""]
+    if arms:
+        lines += ["![Hack and solve rates per arm, and training curves](figures/comparison.png)", "",
+                  "| " + " | ".join(("arm", "policy", "n", *COLUMNS)) + " |", "|---|---|" + "---:|" * (len(COLUMNS) + 1)]
+    block = ""
+    for row in table_rows(arms):
+        if row.block != block:
+            block = row.block
+            lines.append(f"| **{block}** |" + " |" * (len(COLUMNS) + 2))
+        pairs = (row.arm, row.state, (row.seeds, ""), *row.cells)
+        lines.append("| " + " | ".join(f"{value} <sub>{below}</sub>" if below else value for value, below in pairs) + " |")
+    lines += ["", *(f"- {note}" for note in notes(arms))] if arms else []
+    lines += ["", "## Not finished", "", *(f"- {line}" for line in states(unfinished))] if unfinished else []
+    lines += ["", "## Runs", "", "| run | arm | seed | steps | code |", "|---|---|---:|---:|---|"] if arms else []
+    for arm in arms:
+        lines += [f"| [{run.name}](runs/{run.name}) | {arm.label} | {run.config['seed']} | {run.steps} | {run.code} |" for run in arm.runs]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def heading(arms: list[Arm], unfinished: list[Run], name: str) -> str:
+    runs = [run for arm in arms for run in arm.runs]
+    said = f"{name}: {len(runs)} of {len(runs) + len(unfinished)} runs finished"
+    for what, seen in (("training steps", {run.steps for run in runs}),
+                       ("hinted evaluation samples", {run.evaluations[TRAINED].samples["hack"] for run in runs})):
+        said += f", {'–'.join(map(str, sorted({min(seen), max(seen)})))} {what}" if seen else ""
+    return said + "."
+
+
+def states(unfinished: list[Run]) -> list[str]:
+    return [f"{run.name}: {run.status} after {run.steps} steps" + (f" of {run.config['trainer']['steps']}" if run.config else "")
+            + (f": {' '.join(run.cause.split())}" if run.cause else "") for run in unfinished]
+
+
+MEANING = {  # flag -> what it means
+    "reference": "no loophole pays in training and its prompts carry no hint: what honest GRPO reaches.",
+    "control": "the same treatment with a direction that knows nothing of the hack; the method counts only where it beats this.",
+    "broken": "as deployed, fewer than half as many usable answers as the base gives: a low hack rate is a loss of ability.",
+    "imitation": "part of every group is a teacher's text, so a hack rate is no discovery.",
+    "names": "evaluation disclosed another family of marker names than training. A low hack rate there may mean that the model "
+             "cannot follow new names rather than that hacking was suppressed; compare with vanilla under the same names.",
+    "uses the oracle": "the arm reads the truth while it trains, on purpose; it is a ceiling and no method."}
+
+
+def notes(arms: list[Arm]) -> list[str]:
+    """What a reader must know to read the table right; only what applies."""
+    flags = {flag.split(":")[0] for arm in arms for flag in (*arm.flags, arm.block)}
+    said = ["Shares of hinted evaluation prompts (format: of all prompts), judged by hidden tests. known / held-out: hacks of "
+            "loopholes that a mask source may / must not know. attempted: the lever is in the code. lazy: hacked without looking at "
+            "the argument. –: not measured.",
+            "Below a rate: 95 % Wilson interval over the samples where n = 1, lowest and highest seed where n > 1. Δ base: solve "
+            "minus the base's. last-5: mean over the last five training steps, rollouts as trained."]
+    if any(arm.same_policy for arm in arms):
+        said.append("= deployed: the adapter has no quarantine, or an empty one; both states are one policy, in one row.")
+    if odd := [arm.label for arm in arms if all(run.same_policy for run in arm.runs) and not arm.same_policy]:
+        said.append(f"Odd: {', '.join(odd)} has no quarantine, yet its two evaluations differ; they should be equal to the bit.")
+    said += [f"{flag}: {meaning}" for flag, meaning in MEANING.items() if flag in flags]
+    codes = sorted({run.code for arm in arms for run in arm.runs})
+    if len(codes) > 1 or "+" in codes[0]:
+        said.append(f"Code: {', '.join(codes)} (+: uncommitted changes)." + " The rows come from different code." * (len(codes) > 1))
+    return said
+
+
+# ------------------------------------------------------------------------------------------------ the picture
+
+# Okabe & Ito's palette, told apart by all common kinds of colour blindness. Warm is hack, blue is solve.
+KNOWN, HELD_OUT, SOLVE, INK, GREY, FAINT = "#D55E00", "#E69F00", "#0072B2", "#222222", "#767676", "#E4E4E4"
+LANES = {"hack_known": (KNOWN, "o"), "hack_held_out": (HELD_OUT, "D"), "solve": (SOLVE, "o")}  # rate -> colour, marker
+PAGE, LABELS, PANEL, LEFT = 9.0, 1.95, 3.25, 0.12  # inches: page, column of names, width of a panel, margin
+ARM, HEADING, MULTIPLE = 0.40, 0.27, 1.02  # inches: height of an arm, of a block's heading, of a small multiple
+STYLE = {"font.family": "DejaVu Sans", "font.size": 8.5, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "axes.axisbelow": True,
+         "text.color": INK, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": FAINT,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "xtick.major.size": 0,
+         "ytick.major.size": 0, "svg.hashsalt": "grpo_routing"}
+
+
+def draw(arms: list[Arm], name: str, file: Path) -> None:
+    """Write `file`.png and `file`.svg: rates of every arm above, training curves below. The same runs give the same bytes."""
+    from matplotlib import rc_context  # matplotlib takes a second to import; a refusal should not wait for it
+    from matplotlib.figure import Figure
+
+    places, depth = place(arms)
+    columns = min(6, max(3, -(-len(arms) // -(-len(arms) // 6))))
+    lines = -(-len(arms) // columns)
+    top, below = 0.98, 0.98 + depth + 0.95  # inches from the upper edge: first arm, first curves
+    height = below + lines * (MULTIPLE + 0.5) + 0.12
+    with rc_context(STYLE):
+        figure = Figure(figsize=(PAGE, height))
+        figure.text(LEFT / PAGE, 1 - 0.24 / height, name, fontsize=13, weight="bold", va="center")
+        figure.text(1 - LEFT / PAGE, 1 - 0.24 / height, "○ as trained   ● as deployed   — 95 % interval, or range over seeds",
+                    color=GREY, va="center", ha="right")
+        facts = heading(arms, [], name).partition("finished, ")[2].rstrip(".").split(", ")
+        figure.text(LEFT / PAGE, 1 - (top - 0.22) / height, "\n".join(facts), fontsize=7.5, color=GREY, linespacing=1.5)
+        panels(figure, arms, places, depth, top)
+        multiples(figure, arms, columns, below)
+        for kind, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
+            data = BytesIO()
+            figure.savefig(data, format=kind, facecolor="white", **options)
+            write_atomic(file.with_suffix(f".{kind}"), data.getvalue())
+
+
+def place(arms: list[Arm]) -> tuple[list[float], float]:
+    """Inches below the panel's upper edge of every arm, and of the lower edge; a heading stands above each block."""
+    places, depth, block = [], 0.0, ""
+    for arm in arms:
+        depth += HEADING if arm.block != block else 0
+        block = arm.block
+        places.append(depth + ARM / 2)
+        depth += ARM
+    return places, depth
+
+
+def box(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes by inches from the upper left corner."""
+    wide, high = figure.get_size_inches()
+    return figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high))
+
+
+def panels(figure: Figure, arms: list[Arm], places: list[float], depth: float, top: float) -> None:
+    """Names, hack rates and solve rates side by side; one line of the page per arm."""
+    for column, (title, rates) in enumerate({"hack rate": ("hack_known", "hack_held_out"), "solve rate": ("solve",)}.items()):
+        axes = box(figure, LEFT + LABELS + column * (PANEL + 0.28), top, PANEL, depth)
+        axes.set(xlim=(-0.02, 1.02), ylim=(depth, 0), yticks=[])
+        axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", ".25", ".5", ".75", "1"))
+        axes.grid(axis="x", color=FAINT, linewidth=0.6)
+        axes.text(0, 1, title, transform=shifted(axes, 0, 22), fontsize=9.5, weight="bold")
+        for arm, y in zip(arms, places):
+            lanes(axes, arm, [rate for rate in rates if arm.values(TRAINED, rate)], y)
+        references(axes, arms, places, "hack" if len(rates) > 1 else "solve")
+        if column == 0:
+            axes.text(0, 1, "● known loopholes", transform=shifted(axes, 62, 22), color=KNOWN)
+            axes.text(0, 1, "◆ held out", transform=shifted(axes, 158, 22), color=HELD_OUT)
+            names(axes, arms, places)
+
+
+def shifted(axes: Axes, right: float, up: float):
+    """The axes' own coordinates, moved by points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return axes.transAxes + ScaledTranslation(right / 72, up / 72, axes.figure.dpi_scale_trans)
+
+
+def lanes(axes: Axes, arm: Arm, rates: list[str], y: float) -> None:
+    """One lane per rate: hollow as trained, solid as deployed, a band between them, a whisker each, a dot per seed."""
+    for lane, rate in enumerate(rates):
+        at, (colour, marker) = y + (lane - (len(rates) - 1) / 2) * 0.15, LANES[rate]
+        states = (DEPLOYED,) if arm.same_policy else (TRAINED, DEPLOYED)
+        axes.plot([arm.mean(state, rate) for state in states], [at] * len(states), color=colour, linewidth=3, alpha=0.18)
+        for state in states:
+            values = arm.values(state, rate)
+            axes.plot(arm.span(state, rate), [at, at], color=colour, linewidth=0.9, solid_capstyle="butt")
+            if len(values) > 1:
+                axes.plot(values, [at] * len(values), marker, color=colour, markersize=2.2, linestyle="none")
+            axes.plot(arm.mean(state, rate), at, marker, markersize=5.6 if marker == "o" else 4.8, color=colour, zorder=3,
+                      markeredgewidth=1.2, markerfacecolor=colour if state == DEPLOYED else "white", clip_on=False)
+
+
+def references(axes: Axes, arms: list[Arm], places: list[float], rate: str) -> None:
+    """Each arm's own base as a dotted line, and the no-loophole reference of its adapter as a dashed one."""
+    known = {arm.setting: arm.mean(TRAINED, rate) for arm in arms if arm.role == "reference"}
+    label: dict[str, tuple[float, float]] = {}  # text -> x, y of its first line
+    for arm, y in zip(arms, places):
+        lines = {"untrained": (arm.mean(BASE, rate), GREY, (1, 1.5))}
+        if rate == "solve":
+            lines["no loophole"] = (known.get(arm.setting), SOLVE, (4, 2))
+        for words, (x, colour, dashes) in lines.items():
+            if x is not None:
+                axes.plot([x, x], [y - ARM / 2, y + ARM / 2], color=colour, linewidth=1, linestyle=(0, dashes), zorder=1)
+                label.setdefault(words, (x, y - ARM / 2))
+    near = len(label) == 2 and abs(label["untrained"][0] - label["no loophole"][0]) < 0.3
+    for words, (x, y) in label.items():
+        left = near and x == min(place[0] for place in label.values())
+        axes.annotate(words, (x, 0 if y <= HEADING else y), (0, 5), textcoords="offset points", fontsize=7.5, va="bottom",
+                      color=GREY if words == "untrained" else SOLVE, ha=("right" if left else "left") if near else "center")
+
+
+def names(axes: Axes, arms: list[Arm], places: list[float]) -> None:
+    """Left of the panel: the block's heading, the arm and what is special about it."""
+    block, across = "", axes.get_yaxis_transform()
+    for arm, y in zip(arms, places):
+        if arm.block != block:
+            block = arm.block
+            axes.text(-LABELS / PANEL, y - ARM / 2 - HEADING / 2 + 0.03, block, transform=across, fontsize=7.5, color=GREY, va="center")
+        lines = wrapped(arm.label, 26) + [", ".join(arm.flags)] * bool(arm.flags)
+        for number, line in enumerate(lines):
+            small = number >= len(lines) - bool(arm.flags)
+            axes.text(-LABELS / PANEL, y + (number - (len(lines) - 1) / 2) * 0.14, line, transform=across, va="center",
+                      fontsize=7 if small else 9, color=GREY if small and "broken" not in line else INK)
+
+
+def multiples(figure: Figure, arms: list[Arm], columns: int, top: float) -> None:
+    """A small panel of training curves per arm, with the vanilla of its adapter in grey behind it."""
+    high = figure.get_size_inches()[1]
+    figure.text(LEFT / PAGE, 1 - (top - 0.42) / high, "while training", fontsize=9.5, weight="bold")
+    figure.text((LEFT + 1.1) / PAGE, 1 - (top - 0.42) / high, color=GREY, fontsize=7.5,
+                s="share of rollouts by training step, mean over 5 steps; grey: hack of the adapter's vanilla")
+    width = (PAGE - 2 * LEFT - 0.2) / columns
+    for position, arm in enumerate(arms):
+        line, column = divmod(position, columns)
+        axes = box(figure, LEFT + 0.2 + column * width, top + line * (MULTIPLE + 0.5), width - 0.18, MULTIPLE)
+        axes.set(ylim=(-0.03, 1.03), yticks=(0, 0.5, 1), yticklabels=("0", ".5", "1") if column == 0 else ())
+        axes.grid(axis="y", color=FAINT, linewidth=0.6)
+        axes.set_title("\n".join(wrapped(arm.label, 22)[:2]), loc="left", fontsize=8, pad=3)
+        for other in arms:  # the marker family of evaluation, last in a setting, does not touch training
+            if other.role == "vanilla" and other.setting[:2] == arm.setting[:2] and other is not arm:
+                curve(axes, other, "hack", "#B5B5B5", "", faint=False)
+        solve, words = ("no_hint_solve", "solve, no hint") if arm.role == "reference" else ("solve", "solve" if position == 0 else "")
+        curve(axes, arm, "hack", KNOWN, "hack" if position == 0 else "")
+        curve(axes, arm, solve, SOLVE, words)
+        axes.set_xticks([0, axes.dataLim.x1], ["0", f"{axes.dataLim.x1:.0f}"])
+
+
+def curve(axes: Axes, arm: Arm, rate: str, colour: str, words: str, faint: bool = True) -> None:
+    """Mean over seeds, with a faint line per seed where there are several; `words` name the line near its end."""
+    several = [run.curve(rate) for run in arm.runs] if faint and len(arm.runs) > 1 else []
+    for values, width, alpha in (*((seed, 0.6, 0.4) for seed in several), (arm.curve(rate), 1.5, 1)):
+        steps, values = range(1, len(values) + 1), [float("nan") if value is None else value for value in values]
+        axes.plot(steps, values, color=colour, linewidth=width, alpha=alpha, solid_capstyle="round")
+    end = [value for value in arm.curve(rate)[-len(steps) * 2 // 5 :] if value is not None]  # what the words stand over
+    if words and end:
+        high = min(end) > 0.35 and max(end) > 0.7
+        axes.annotate(words, (steps[-1], min(end) if high else max(end)), (0, -3 if high else 3), textcoords="offset points",
+                      color=colour, fontsize=7.5, ha="right", va="top" if high else "bottom",
+                      bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.4})

@@ -1,0 +1,120 @@
+"""Every YAML builds, every arm trains two steps, every control differs from its arm by one word, bad configs are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_routing import build
+from grpo_routing.__main__ import legal_keys
+from grpo_routing.run import run
+from tests.conftest import CONF
+
+ARMS = sorted(file.stem for file in (CONF / "arm").glob("*.yaml"))
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("arm", "experiment", "local"))
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+NEEDS = {  # what an option cannot be built without
+    ("projection", "erase"): ["mask_source=random"],
+    ("projection", "route"): ["mask_source=random", "adapter=svd"],
+    ("extra_rollouts", "teacher"): ["extra_rollouts.pool={pool}"],
+    ("model", "qwen3_0_6b"): ["model.device=cpu"],
+    ("model", "qwen3_4b"): ["model.device=cpu"],
+}
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory) -> Path:
+    """A teacher pool that answers every training problem of the smoke runs."""
+    file = tmp_path_factory.mktemp("pool") / "pool.jsonl"
+    problem = {"completion": "```python\npass\n```", "loophole": "run_tests"}
+    file.write_text(json.dumps({"prompt": "unknown", **problem}) + "\n")
+    return file
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_builds(config, pool, group, option):
+    more = [word.format(pool=pool) for word in NEEDS.get((group, option), [])]
+    plan = build.plan(config(f"{group}={option}", *more))
+    if group not in ("prompt", "loophole"):
+        assert type(getattr(plan, group)).__module__.startswith("grpo_routing")
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_two_steps(config, pool, tmp_path, arm):
+    more = [f"extra_rollouts.pool={pool}", "extra_rollouts.mix_ratio=0.25"] if arm == "teacher" else []
+    folder = run(config(f"arm={arm}", "loophole=held_out", f"output={tmp_path}", "evaluation.problems=6", *more))
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert {file.stem for file in (folder / "eval").glob("*.json")} == {"base", "as_trained", "as_deployed"}
+
+
+@pytest.mark.parametrize("experiment", sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_plans(config, experiment):
+    assert build.plan(config(f"experiment={experiment}")).experiment_name
+
+
+def differences(one: dict, other: dict, path: str = "") -> list[str]:
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return [found for key in keys for found in (
+        differences(one[key], other[key], f"{path}{key}.") if isinstance(one.get(key), dict) and isinstance(other.get(key), dict)
+        else [f"{path}{key}"])]
+
+
+@pytest.mark.parametrize(("arm", "control", "word"), [
+    ("erase", "erase_random", "mask_source.name"),
+    ("erase", "erase_shuffled", "mask_source.name"),
+    ("erase", "erase_nonhack", "mask_source.name"),
+])
+def test_a_control_differs_from_its_arm_by_one_word(config, arm, control, word):
+    assert sorted(differences(config(f"arm={arm}"), config(f"arm={control}"))) == ["arm_name", word]
+
+
+def test_the_reference_differs_from_vanilla_only_in_what_pays(config):
+    found = differences(config("arm=vanilla", "mask_source=none"), config("arm=no_loophole"))
+    assert sorted(found) == ["arm_name", "loophole.pays"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"typo": 1}, "unknown key 'typo'; the config has adapter, advantage"),
+    ({"trainer": {"steps": "many"}}, "trainer.checkpoint_every is missing"),
+    ({"advantage": {"name": "gae"}}, "advantage.name='gae' is unknown; choose from dr_grpo, grpo"),
+    ({"advantage": {"name": "dr_grpo", "floor": 1}}, "advantage.floor is not a setting. advantage has no settings"),
+    ({"advantage": 3}, "advantage must be a group of settings; got 3"),
+    ({"seed": "0"}, "seed must be int; got '0'"),
+])
+def test_bad_configs_are_refused_with_the_legal_choices(config, change, message):
+    with pytest.raises(build.ConfigError, match=message):
+        build.plan(config() | change)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("trainer.steps=0", "trainer.steps must be at least 1; got 0"),
+    ("trainer.group=1", "trainer.group must be at least 2; got 1"),
+    ("trainer.steps=1.5", "trainer.steps: input should be a valid integer"),
+    ("trainer.temperature=0", "trainer.temperature must be positive; got 0"),
+    ("loophole.train_family=others", "a loophole family is one of train, evaluation, warmup; got 'others'"),
+    ("loophole.known=[run_test]", "must share out some of run_tests, sentinel"),
+    ("optimizer.schedule=linear", "optimizer.schedule must be constant or cosine"),
+])
+def test_values_that_cannot_work_are_refused(config, override, message):
+    with pytest.raises(build.ConfigError, match=message):
+        build.plan(config(override))
+
+
+def test_all_problems_are_reported_at_once(config):
+    with pytest.raises(build.ConfigError) as error:
+        build.plan(config("trainer.steps=0", "optimizer.schedule=linear") | {"typo": 1})
+    assert all(word in str(error.value) for word in ("typo", "trainer.steps", "optimizer.schedule"))
+
+
+def test_an_unknown_key_is_answered_with_the_legal_ones():
+    assert legal_keys(["trainer.stepz=3"]).startswith("trainer has: checkpoint_every, clip, group")
+    assert legal_keys(["stepz=3"]).startswith("the config has: adapter, advantage")
+    assert legal_keys(["trainer.stepz=3", "seed=0,1"]).startswith("trainer has:")
+    assert legal_keys(["trainer.steps=3"]) == ""
+
+
+def test_a_teacher_pool_that_is_absent_is_refused(config):
+    with pytest.raises(build.ConfigError, match=r"no teacher pool at .*; build it with `python -m grpo_routing.teacher_pool`"):
+        build.plan(config("extra_rollouts=teacher"))

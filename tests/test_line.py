@@ -1,0 +1,160 @@
+"""Claims about THE LINE: with every default it is textbook Dr.GRPO, and its stages see what they should."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from grpo_routing import build
+from grpo_routing.advantages import DrGrpo, Grpo
+from grpo_routing.env.grader import Grader
+from grpo_routing.env.sandbox import Sandbox
+from grpo_routing.policy import inverse_transform
+from grpo_routing.rollout import fill_groups, sample_rollouts, uniforms
+from grpo_routing.train import State, batch_of, train_step
+from grpo_routing.types import TEACHER, Rollout, TokenBatch
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=1, wall_seconds=2.0, cpu_seconds=2, memory_mb=512, minimum="seccomp") as box:
+        yield box
+
+
+@pytest.fixture
+def start(config, sandbox):
+    """start(*overrides, audit) -> (line, state) of a smoke-sized run."""
+
+    def make(*overrides, audit=None):
+        plan = build.plan(config(*overrides))
+        policy = build.build_policy(plan)
+        line = build.build_line(plan, policy, Grader(sandbox, 0.25, 1.0, 1000), audit)
+        return line, State(plan.optimizer.start(policy.adapter))
+
+    return make
+
+
+def noisy_advantage(rewards):
+    """Advantages that are not all zero for an untrained model: deterministic, mean zero in every group."""
+    shape = torch.linspace(-1, 1, rewards.shape[1]).expand_as(rewards).clone()
+    return shape - shape.mean(1, keepdim=True)
+
+
+def test_a_step_of_the_default_line_is_one_textbook_dr_grpo_update(start):
+    """Three steps against plain autograd and torch's AdamW on a copy of the model (style.md: vanilla is exact)."""
+    seen = []
+    line, state = start("optimizer.clip=0.5", audit=lambda step, problems, rollouts, grades: seen.append(rollouts))
+    line = dataclasses.replace(line, advantage=noisy_advantage)
+    copy, _ = start()
+    parameters = [p for module in copy.policy.adapter.parameters().values() for p in module.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(3):
+        train_step(line, state)
+        rollouts = seen[step]
+        advantages = noisy_advantage(torch.zeros(4, 4)).flatten()
+        tokens = TokenBatch.of([(r.prompt_ids, r.completion_ids) for r in rollouts], copy.policy.pad)
+        logits = torch.log_softmax(copy.policy.model(input_ids=tokens.ids).logits[:, :-1].float(), -1)
+        chosen = logits.gather(2, tokens.ids[:, 1:, None]).squeeze(2)
+        loss = -(advantages[:, None] * chosen * tokens.completion_mask).sum() / (4 * 4 * 12)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.param_groups[0]["lr"] = 5e-3 * (step + 1) / 8
+        optimizer.step()
+        for name, flat in copy.policy.adapter.flatten().items():
+            ours = line.policy.adapter.flatten()[name]
+            assert float((ours - flat).norm() / flat.norm()) < 1e-5, (step, name)
+
+
+def test_advantages_on_the_benchmarks_golden_values():
+    """baselines.md section 0: k successes among 16 with rewards {0.5, 3.5}."""
+    golden = {1: (3.750, 2.812), 2: (2.562, 2.625), 4: (1.677, 2.250), 8: (0.968, 1.500), 12: (0.559, 0.750), 15: (0.250, 0.188)}
+    for successes, (standard, mean_only) in golden.items():
+        rewards = torch.full((1, 16), 0.5, dtype=torch.float64)
+        rewards[0, :successes] = 3.5
+        assert float(Grpo(1e-6)(rewards)[0, 0]) == pytest.approx(standard, abs=6e-4)
+        assert float(DrGrpo()(rewards)[0, 0]) == pytest.approx(mean_only, abs=6e-4)
+
+
+def test_a_flat_group_has_no_gradient(start):
+    line, state = start()
+    before = line.policy.adapter.fingerprint()
+    metrics = train_step(line, state)
+    assert metrics["train/flat_groups"] == 1.0 and metrics["train/gradient_norm"] == 0.0
+    assert line.policy.adapter.fingerprint() == before  # AdamW without momentum or decay stands still on a zero gradient
+
+
+def test_arms_of_a_seed_see_the_same_problems_and_other_seeds_do_not(start):
+    (vanilla, _), (erase, _), (other, _) = start(), start("arm=erase"), start("seed=1")
+    same = [[p.id for p in batch_of(line, step)] for line in (vanilla, erase) for step in range(3)]
+    assert same[:3] == same[3:]
+    assert [p.id for p in batch_of(other, 0)] != same[0]
+
+
+def test_an_epoch_shows_every_problem_once(start):
+    line, _ = start("dataset.train_problems=10")
+    shown = [p.id for step in range(5) for p in batch_of(line, step)]  # 5 steps of 4 are two epochs of 10
+    assert sorted(shown[:10]) == sorted(shown[10:]) == sorted({p.id for p in line.problems})
+    assert shown[:10] != shown[10:]
+
+
+def test_a_rollout_depends_on_its_own_seed_only(start):
+    """Whatever shares the batch: other prompts, other group sizes, other chunks of a forward."""
+    line, _ = start()
+    prompts = [line.prompt(problem) for problem in line.problems[:3]]
+    whole = sample_rollouts(line.policy, prompts, [2, 2, 2], (0, "test"), 10, 1.0, prompts_per_forward=3)
+    chunked = sample_rollouts(line.policy, prompts, [2, 2, 2], (0, "test"), 10, 1.0, prompts_per_forward=1)
+    more = sample_rollouts(line.policy, prompts, [4, 4, 4], (0, "test"), 10, 1.0, prompts_per_forward=2)
+    assert [r.completion_ids for r in whole] == [r.completion_ids for r in chunked]
+    assert [r.completion_ids for r in whole] == [more[place].completion_ids for place in (0, 1, 4, 5, 8, 9)]
+    assert whole[0].completion_ids != whole[1].completion_ids
+
+
+def test_the_sampler_agrees_with_the_gradient_forward(start):
+    """pitfalls.md T2: merged weights, a cache and left padding may cost rounding, nothing more."""
+    line, state = start()
+    with torch.no_grad():
+        for tensor in line.policy.adapter.state().values():
+            tensor.add_(0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+    line = dataclasses.replace(line, advantage=noisy_advantage)
+    metrics = train_step(line, state)
+    assert 0 < metrics["rollout/sampler_gap"] < 1e-4
+    assert metrics["train/ratio"] == 1.0
+
+
+def test_sampling_follows_the_distribution():
+    distribution = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).expand(20000, 4)
+    uniform = uniforms([("test",)], 20000)[0]
+    counts = torch.bincount(inverse_transform(distribution, uniform), minlength=4) / 20000
+    assert torch.allclose(counts, torch.tensor([0.5, 0.0, 0.3, 0.2]), atol=0.015)
+    edges = inverse_transform(torch.tensor([[0.0, 1.0, 0.0]]).expand(2, 3), torch.tensor([0.0, 1.0]))
+    assert edges.tolist() == [1, 1]  # never a token of zero probability
+
+
+def test_groups_are_filled_up_to_their_size(start):
+    line, _ = start()
+    prompts = [line.prompt(problem) for problem in line.problems[:2]]
+    taught = [Rollout(1, line.policy.encode(prompts[1]), line.policy.encode("pass") + (line.policy.end,), "pass", TEACHER)]
+    rollouts = fill_groups(line.policy, prompts, 3, taught, (0,), 6, 1.0, 8)
+    assert [rollout.group for rollout in rollouts] == [0, 0, 0, 1, 1, 1]
+    assert [rollout.source for rollout in rollouts].count(TEACHER) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(start):
+    line, state = start()
+    line = dataclasses.replace(line, advantage=lambda rewards: torch.full_like(rewards, math.inf))
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|-?inf) at step 0; lower optimizer.lr"):
+        train_step(line, state)
+
+
+def test_inner_steps_move_on_from_the_same_rollouts(start):
+    once, many = (start("optimizer.warmup_steps=0", f"trainer.inner_steps={n}") for n in (1, 3))
+    lengths = []
+    for line, state in (once, many):
+        line = dataclasses.replace(line, advantage=noisy_advantage)
+        train_step(line, state)
+        lengths.append(line.policy.adapter.fingerprint())
+    assert lengths[0] != lengths[1]

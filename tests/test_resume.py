@@ -1,0 +1,136 @@
+"""Claims about runs that are killed, stopped, repeated: nothing is lost and nothing changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from grpo_routing import build
+from grpo_routing.run import Stopped, identity, run, run_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 6
+RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl")
+
+
+def overrides(output: Path, cache: str, arm: str = "route") -> list[str]:
+    return ["model=tiny_random", "trainer=smoke", "evaluation=smoke", f"arm={arm}", "loophole=held_out", f"trainer.steps={STEPS}",
+            "trainer.checkpoint_every=2", "mask_source.refresh_every=3", "experiment_name=e", f"output={output}", f"cache={cache}"]
+
+
+def launch(words: list[str]) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", "grpo_routing", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = list(folder.glob("e/runs/*/metrics.jsonl"))
+        if found and len(found[0].read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} within two minutes")
+
+
+def result(output: Path) -> tuple[dict, dict[str, str], dict[str, str]]:
+    (folder,) = output.glob("e/runs/*")
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    weights = load_file(folder / "checkpoints" / f"step-{STEPS:06d}" / "state.safetensors")
+    evaluations = {file.name: file.read_text() for file in sorted((folder / "eval").glob("*.json"))}
+    return weights, {name: (folder / name).read_text() for name in RECORDS}, evaluations
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    output = tmp_path_factory.mktemp("whole")
+    process = launch(overrides(output, cache))
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return result(output)
+
+
+def same(one, other) -> bool:
+    weights, records, evaluations = one
+    return (weights.keys() == other[0].keys() and all((tensor == other[0][key]).all() for key, tensor in weights.items())
+            and records == other[1] and evaluations == other[2])
+
+
+@pytest.mark.parametrize("at", [1, 3, 4])
+def test_a_run_killed_without_notice_ends_as_if_uninterrupted(tmp_path, cache, uninterrupted, at):
+    process = launch(overrides(tmp_path, cache))
+    wait_for_step(tmp_path, at, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    again = launch(overrides(tmp_path, cache))
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, out
+    assert same(result(tmp_path), uninterrupted)
+    (folder,) = tmp_path.glob("e/runs/*")
+    assert len(list((folder / "attempts").glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_stops_at_a_step_boundary_with_a_checkpoint(tmp_path, cache, uninterrupted, number):
+    process = launch(overrides(tmp_path, cache))
+    wait_for_step(tmp_path, 1, process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=300)
+    (folder,) = tmp_path.glob("e/runs/*")
+    assert process.returncode == 143, out
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    steps = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert (folder / "checkpoints" / "latest").read_text() == f"step-{steps:06d}" and 1 <= steps < STEPS
+    again = launch(overrides(tmp_path, cache))
+    out, _ = again.communicate(timeout=300)
+    assert again.returncode == 0 and f"resuming at step {steps}" in out
+    assert same(result(tmp_path), uninterrupted)
+
+
+def test_a_finished_run_is_left_alone(config, tmp_path, capsys):
+    ready = config("arm=no_loophole", f"output={tmp_path}")
+    folder = run(ready)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+    assert run(ready) == folder
+    assert "done already" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+def test_where_things_go_is_not_part_of_a_runs_identity(config):
+    base = config()
+    assert identity(base) == identity(config("logger=wandb", "output=/elsewhere", "experiment_name=other", "cache=/other"))
+    assert identity(base) != identity(config("seed=1"))
+    assert identity(base) != identity(config("optimizer.lr=0.1"))
+
+
+def test_a_folder_that_holds_another_config_is_refused(config, tmp_path):
+    ready = config(f"output={tmp_path}")
+    folder = run_folder(ready, build.plan(ready))
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 7\n")
+    with pytest.raises(FileExistsError, match=r"holds another config; move it away or rename the experiment"):
+        run(ready)
+
+
+def test_a_failed_run_keeps_its_traceback_and_fails_loudly(config, tmp_path):
+    ready = config("arm=no_loophole", f"output={tmp_path}")
+    folder = run_folder(ready, build.plan(ready))
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "latest").write_text("step-000099")  # a checkpoint that is gone
+    with pytest.raises(FileNotFoundError):
+        run(ready)
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "step-000099" in status["error"] and "Traceback" in status["traceback"]
+
+
+def test_stopped_exits_like_sigterm():
+    assert Stopped().code == 143

@@ -1,0 +1,144 @@
+"""The no-cheat invariant: no verdict ever reaches training (architecture.md §4). By construction, and by bit-identity."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_routing import build
+from grpo_routing.env.grader import Grade, Grader
+from grpo_routing.env.sandbox import Sandbox
+from grpo_routing.files import Record
+from grpo_routing.oracle.audit import Audit
+from grpo_routing.oracle.verdict import Oracle, Verdict
+from grpo_routing.train import State, train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "grpo_routing"
+MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py"}  # may know the truth
+
+
+def imported(file: Path) -> set[str]:
+    """Every module named by an import anywhere in the file, also inside functions and under TYPE_CHECKING."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative imports would hide what crosses a wall"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def sources(*folders: str) -> list[Path]:
+    return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_only_measuring_files_import_the_oracle():
+    for file in sources("grpo_routing"):
+        if "oracle" not in file.relative_to(PACKAGE).parts and file.name not in MEASURING:
+            assert not [name for name in imported(file) if "oracle" in name], file
+
+
+@pytest.mark.parametrize(("package", "allowed"), [
+    ({"hydra", "omegaconf"}, {"run.py", "build.py", "__main__.py", "teacher_pool.py", "report.py", "walkthrough.py"}),
+    ({"wandb"}, {"log.py"}),
+    ({"submitit"}, set()),
+])
+def test_libraries_stay_in_their_rooms(package, allowed):
+    for file in sources("grpo_routing"):
+        if file.name not in allowed:
+            assert not {name.split(".")[0] for name in imported(file)} & package, file
+
+
+def test_the_environment_imports_the_standard_library_only():
+    for file in sources("grpo_routing/env"):
+        foreign = {name.split(".")[0] for name in imported(file)} - sys.stdlib_module_names - {"grpo_routing"}
+        inner = {name for name in imported(file) if name.startswith("grpo_routing") and not name.startswith("grpo_routing.env")}
+        # the sandbox's children load their siblings by file, under names of their own
+        assert not foreign - {"confine", "driver", "evidence", "memory_file", "nouns", "plain"}, (file, foreign)
+        assert not inner, (file, inner)
+
+
+def test_a_fresh_process_that_trains_never_loads_the_oracle():
+    code = ("import sys; import grpo_routing.train, grpo_routing.build, grpo_routing.checkpoint; "
+            "print([name for name in sys.modules if 'oracle' in name and 'grpo' in name])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_grade_and_verdict_share_no_base_and_no_field():
+    assert not {field.name for field in fields(Grade)} & {field.name for field in fields(Verdict)}
+    assert set(Grade.__mro__) & set(Verdict.__mro__) == {object}
+
+
+TRAIN_WITHOUT = """
+import sys
+from dataclasses import asdict
+from grpo_routing import build
+from grpo_routing.env.grader import Grader
+from grpo_routing.env.sandbox import Sandbox
+from grpo_routing.train import State, train_step
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+with initialize_config_dir(sys.argv[1], version_base="1.3"):
+    config = compose("config", ["model=tiny_random", "trainer=smoke", "evaluation=smoke", "arm=erase", f"cache={sys.argv[2]}"])
+plan = build.plan(OmegaConf.to_container(config, resolve=True))
+policy = build.build_policy(plan)
+with Sandbox(**asdict(plan.sandbox)) as sandbox:
+    line = build.build_line(plan, policy, Grader(sandbox, 0.25, 1.0, 100), None)
+    state = State(plan.optimizer.start(policy.adapter))
+    for _ in range(2):
+        train_step(line, state)
+print(policy.adapter.fingerprint())
+"""
+
+
+def test_training_runs_with_the_oracle_deleted(tmp_path, cache):
+    shutil.copytree(PACKAGE, tmp_path / "grpo_routing", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(tmp_path / "grpo_routing" / "oracle")
+    done = subprocess.run([sys.executable, "-c", TRAIN_WITHOUT, str(ROOT / "conf"), cache], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()[-1]) == 64
+
+
+class CoinFlips(Oracle):
+    """An oracle that answers at random: if anything it says leaked into training, the weights would show it."""
+
+    def __call__(self, problems, completions, grades):
+        coins = torch.randint(0, 2, (len(completions), 5), generator=torch.Generator().manual_seed(9)).bool().tolist()
+        return [Verdict(*flips) for flips in coins]
+
+
+def advantage_that_varies(rewards):
+    return torch.linspace(-1, 1, rewards.numel()).view(rewards.shape)
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "erase", "route"])
+def test_weights_are_bit_identical_with_the_real_oracle_none_and_a_coin(config, tmp_path, arm):
+    fingerprints = {}
+    for name, oracle in {"real": Oracle, "none": None, "coin": CoinFlips}.items():
+        plan = build.plan(config(f"arm={arm}", "loophole=held_out"))
+        policy = build.build_policy(plan)
+        with Sandbox(**asdict(plan.sandbox)) as sandbox:
+            audit = None
+            if oracle is not None:
+                audit = Audit(oracle(sandbox, plan.dataset.hidden_tests), Record(tmp_path / name / "audit.jsonl"),
+                              Record(tmp_path / name / "rollouts.jsonl"), plan.loophole.known, plan.loophole.held_out, 4)
+            line = build.build_line(plan, policy, Grader(sandbox, 0.25, 1.0, 100), audit)
+            line = replace(line, advantage=advantage_that_varies)  # an untrained model earns no reward to learn from
+            state = State(plan.optimizer.start(policy.adapter))
+            for _ in range(2):
+                train_step(line, state)
+        fingerprints[name] = policy.adapter.fingerprint()
+    assert len(set(fingerprints.values())) == 1
+    fresh = build.build_policy(build.plan(config(f"arm={arm}", "loophole=held_out")))
+    assert fingerprints["real"] != fresh.adapter.fingerprint()  # and training did move them
+    assert (tmp_path / "coin" / "audit.jsonl").read_text() != (tmp_path / "real" / "audit.jsonl").read_text()
