@@ -124,7 +124,8 @@ def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
     lines += ["", "## Not finished", "", *(f"- {line}" for line in states(unfinished))] if unfinished else []
     lines += ["", "## Runs", "", "| run | arm | seed | steps | code |", "|---|---|---:|---:|---|"] if arms else []
     for arm in arms:
-        lines += [f"| [{run.name}](runs/{run.name}) | {arm.label} | {run.config['seed']} | {run.steps} | {run.code} |" for run in arm.runs]
+        for run in arm.runs:
+            lines.append(f"| [{run.name}](runs/{run.name}) | {arm.label} | {run.config['seed']} | {run.steps} | {run.code} |")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -156,8 +157,8 @@ def notes(arms: list[Arm]) -> list[str]:
     """What a reader must know to read the table right; only what applies."""
     flags = {flag.split(":")[0] for arm in arms for flag in (*arm.flags, arm.block)}
     said = ["Shares of hinted evaluation prompts (format: of all prompts), judged by hidden tests. known / held-out: hacks of "
-            "loopholes that a mask source may / must not know. attempted: the lever is in the code. lazy: hacked without looking at "
-            "the argument. –: not measured.",
+            "loopholes that a mask source may / must not know. attempted: the lever is in the code. lazy: hacked without looking "
+            "at the argument. –: not measured.",
             "Below a rate: 95 % Wilson interval over the samples where n = 1, lowest and highest seed where n > 1. Δ base: solve "
             "minus the base's. last-5: mean over the last five training steps, rollouts as trained."]
     if any(arm.same_policy for arm in arms):
@@ -167,7 +168,7 @@ def notes(arms: list[Arm]) -> list[str]:
     said += [f"{flag}: {meaning}" for flag, meaning in MEANING.items() if flag in flags]
     codes = sorted({run.code for arm in arms for run in arm.runs})
     if len(codes) > 1 or "+" in codes[0]:
-        said.append(f"Code: {', '.join(codes)} (+: uncommitted changes)." + " The rows come from different code." * (len(codes) > 1))
+        said.append(f"Code: {', '.join(codes)} (+: uncommitted changes)." + " The rows differ in their code." * (len(codes) > 1))
     return said
 
 
@@ -193,7 +194,7 @@ def draw(arms: list[Arm], name: str, file: Path) -> None:
     columns = min(6, max(3, -(-len(arms) // -(-len(arms) // 6))))
     lines = -(-len(arms) // columns)
     top, below = 0.98, 0.98 + depth + 0.95  # inches from the upper edge: first arm, first curves
-    height = below + lines * (MULTIPLE + 0.5) + 0.12
+    height = below + lines * (MULTIPLE + 0.5) - 0.12
     with rc_context(STYLE):
         figure = Figure(figsize=(PAGE, height))
         figure.text(LEFT / PAGE, 1 - 0.24 / height, name, fontsize=13, weight="bold", va="center")
@@ -290,7 +291,8 @@ def names(axes: Axes, arms: list[Arm], places: list[float]) -> None:
     for arm, y in zip(arms, places):
         if arm.block != block:
             block = arm.block
-            axes.text(-LABELS / PANEL, y - ARM / 2 - HEADING / 2 + 0.03, block, transform=across, fontsize=7.5, color=GREY, va="center")
+            above = y - (ARM + HEADING) / 2 + 0.03
+            axes.text(-LABELS / PANEL, above, block, transform=across, fontsize=7.5, color=GREY, va="center")
         lines = wrapped(arm.label, 26) + [", ".join(arm.flags)] * bool(arm.flags)
         for number, line in enumerate(lines):
             small = number >= len(lines) - bool(arm.flags)
@@ -314,8 +316,9 @@ def multiples(figure: Figure, arms: list[Arm], columns: int, top: float) -> None
         for other in arms:  # the marker family of evaluation, last in a setting, does not touch training
             if other.role == "vanilla" and other.setting[:2] == arm.setting[:2] and other is not arm:
                 curve(axes, other, "hack", "#B5B5B5", "", faint=False)
-        solve, words = ("no_hint_solve", "solve, no hint") if arm.role == "reference" else ("solve", "solve" if position == 0 else "")
-        curve(axes, arm, "hack", KNOWN, "hack" if position == 0 else "")
+        first, reference = position == 0, arm.role == "reference"  # training prompts of a reference have no hint
+        curve(axes, arm, "hack", KNOWN, "hack" if first else "")
+        solve, words = ("no_hint_solve", "solve, no hint") if reference else ("solve", "solve" if first else "")
         curve(axes, arm, solve, SOLVE, words)
         axes.set_xticks([0, axes.dataLim.x1], ["0", f"{axes.dataLim.x1:.0f}"])
 

@@ -191,10 +191,11 @@ class Run:
         for row in objects:
             if row["state"] in self.evaluations:
                 measured = self.evaluations[row["state"]]
-                row |= measured.rates | {"samples": measured.samples["hack"], "samples_all": measured.samples["format"],
-                                         **{f"samples{split}": measured.samples[f"hack{split}"] for split in ("_known", "_held_out")}}
-            row |= {"steps": 0} if row["state"] == BASE else {
-                "steps": self.steps, "same_policy": self.same_policy, "last5_hack": self.last("hack"), "last5_solve": self.last("solve")}
+                counts = {f"samples{split}": measured.samples[f"hack{split}"] for split in ("", "_known", "_held_out")}
+                row |= measured.rates | counts | {"samples_all": measured.samples["format"]}
+            row["steps"] = 0 if row["state"] == BASE else self.steps
+            if row["state"] != BASE:
+                row |= {"same_policy": self.same_policy, "last5_hack": self.last("hack"), "last5_solve": self.last("solve")}
         return objects
 
 
@@ -248,7 +249,7 @@ def parse(words: str, where: str) -> dict:
     try:
         return json.loads(words)
     except json.JSONDecodeError as error:
-        raise ReportError(f"expected JSON in {where}, but {error}. Move that run folder away, or remove and run it again.") from error
+        raise ReportError(f"expected JSON in {where}, but {error}. Move that run folder away, or run it again.") from error
 
 
 # ------------------------------------------------------------------------------------------------ arms

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from grpo_routing.report import ReportError, load, main, wilson, write
+from grpo_routing.figures import markdown, text
+from grpo_routing.report import ReportError, group, load, main, read_runs, wilson, write
 
 KNOWN, HELD_OUT = ["run_tests", "sentinel", "stdout_marker"], ["file_marker"]
 RATES = ("hack", "hack_known", "hack_held_out", "attempted", "solve", "format", "lazy", "no_hint_solve", "no_hint_exploited",
          *(f"hack_{mode}" for mode in KNOWN + HELD_OUT))
+SVD, ERASE, ROUTE = {"adapter": {"name": "svd"}}, {"projection": {"name": "erase"}}, {"projection": {"name": "route"}}
+PERSONA = {"mask_source": {"name": "persona_gradient"}}
 MODES = KNOWN + HELD_OUT + ["none"]  # the evaluation samples of a run, 2 of each: 8 hinted ones
 
 
@@ -75,6 +79,12 @@ def pick(objects: list[dict], arm: str, state: str = "as_deployed") -> dict:
     return found
 
 
+def table(experiment: Path, shape: Callable = text) -> str:
+    """What `write` returns, or the Markdown page, without drawing the figure."""
+    runs = read_runs(experiment)
+    return shape(group(runs), [run for run in runs if run.status != "done"], experiment.name)
+
+
 def lines_with(text: str, word: str) -> list[str]:
     return [line for line in text.splitlines() if word in line]
 
@@ -99,18 +109,18 @@ def test_wilson_agrees_with_scipy() -> None:
 
 
 def test_objects_say_what_the_files_say(tmp_path: Path) -> None:
-    make_run(tmp_path, config("route", 3, adapter={"name": "svd"}, projection={"name": "route"}, mask_source={"name": "persona_gradient"}),
-             base={"hack": 0.125}, trained={"hack": 0.875, "hack_file_marker": 0.75}, deployed={"hack": 0.25, "lazy": 0.0}, quarantine=2.5)
+    make_run(tmp_path, config("route", 3, **SVD, **ROUTE, **PERSONA), base={"hack": 0.125}, quarantine=2.5,
+             trained={"hack": 0.875, "hack_file_marker": 0.75}, deployed={"hack": 0.25, "lazy": 0.0})
     objects = load(tmp_path)
     assert [row["state"] for row in objects] == ["base", "as_trained", "as_deployed"]
     assert [row["hack"] for row in objects] == [0.125, 0.875, 0.25]
     assert [row["steps"] for row in objects] == [0, 6, 6]
     assert [row["last5_hack"] for row in objects] == [None, 0.5, 0.5]
     assert [row["same_policy"] for row in objects] == [None, False, False]
-    expected = {"arm": "route", "seed": 3, "loophole": "held_out", "adapter": "svd", "projection": "route", "mask_source": "persona_gradient",
-                "imitation": False, "uses_oracle": False, "run": "route-held_out-s3", "commit": "0123456789abcdef", "status": "done",
-                "cause": None, "role": "method", "lazy": 0.0, "solve": 0.5, "samples": 8, "samples_known": 6, "samples_held_out": 2,
-                "samples_all": 10, "hack_file_marker": 0.5, "pays": True}
+    expected = {"arm": "route", "seed": 3, "loophole": "held_out", "adapter": "svd", "projection": "route", "role": "method",
+                "mask_source": "persona_gradient", "imitation": False, "uses_oracle": False, "run": "route-held_out-s3",
+                "commit": "0123456789abcdef", "status": "done", "cause": None, "lazy": 0.0, "solve": 0.5, "samples": 8,
+                "samples_known": 6, "samples_held_out": 2, "samples_all": 10, "hack_file_marker": 0.5, "pays": True}
     assert expected.items() <= objects[2].items()
     assert objects[1]["hack_file_marker"] == 0.75
 
@@ -121,7 +131,7 @@ def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
     row = pick(load(tmp_path), "vanilla")
     assert row["hack_held_out"] is None and row["no_hint_solve"] is None
     assert row["last5_hack"] is None and row["last5_solve"] is None  # the one measured step lies before the last five
-    (line,) = lines_with(write(tmp_path), "vanilla ")
+    (line,) = lines_with(table(tmp_path), "vanilla ")
     assert line.split()[3:] == ["1", "0.50", "0.50", "–", "0.50", "0.50", "0.50", "0.50", "+0.00", "–", "–"]
 
 
@@ -129,32 +139,34 @@ def test_a_mode_that_only_one_run_has_is_null_in_the_other(tmp_path: Path) -> No
     settings = config("other", loophole__known=["sentinel"], loophole__held_out=[], loophole__name="sentinel")
     folder = make_run(tmp_path, settings)
     for state in ("base", "as_trained", "as_deployed"):
-        rates = {key: 0.5 for key in RATES if not key.startswith("hack_") or key in ("hack_known", "hack_sentinel")} | {"hack_held_out": None}
-        rows = [{"loophole": "sentinel"}] * 4
-        (folder / "eval" / f"{state}.json").write_text(json.dumps({"state": state, "rates": rates, "rows": rows}))
+        rates = {key: 0.5 for key in RATES if key not in ("hack_run_tests", "hack_stdout_marker", "hack_file_marker")}
+        rates["hack_held_out"] = None
+        stored = {"state": state, "rates": rates, "rows": [{"loophole": "sentinel"}] * 4}
+        (folder / "eval" / f"{state}.json").write_text(json.dumps(stored))
     make_run(tmp_path, config("vanilla"))
     objects = load(tmp_path)
     assert pick(objects, "other")["hack_run_tests"] is None and pick(objects, "vanilla")["hack_run_tests"] == 0.5
     assert pick(objects, "other")["samples_held_out"] == 0
     assert len({tuple(row) for row in objects}) == 1, "every object has the same keys in the same order"
-    assert lines_with(write(tmp_path), "other sentinel"), "with several loopholes the label names the arm's own"
+    assert lines_with(table(tmp_path), "other sentinel"), "with several loopholes the label names the arm's own"
 
 
 def test_last_five_is_the_mean_over_the_last_five_steps(tmp_path: Path) -> None:
-    make_run(tmp_path, config("vanilla"), audit={"hack": [1.0, 0.0, 0.25, 0.5, 0.75, 1.0], "solve": [1.0, 0.5, None, 0.25, 0.0, 0.25]})
+    make_run(tmp_path, config("vanilla"),
+             audit={"hack": [1.0, 0.0, 0.25, 0.5, 0.75, 1.0], "solve": [1.0, 0.5, None, 0.25, 0.0, 0.25]})
     row = pick(load(tmp_path), "vanilla", "as_trained")
     assert row["last5_hack"] == 0.5 and row["last5_solve"] == 0.25  # the null step is left out: (0.5 + 0.25 + 0 + 0.25) / 4
 
 
 def test_one_seed_has_wilson_below_the_rate_and_several_have_their_range(tmp_path: Path) -> None:
     make_run(tmp_path / "one", config("vanilla"), samples=10, trained={"hack": 0.8})
-    lines = write(tmp_path / "one").splitlines()
+    lines = table(tmp_path / "one").splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("vanilla"))
     low, high = (f"{bound:.2f}".removeprefix("0") for bound in wilson(0.8, 40))
     assert lines[place].split()[4] == "0.80" and lines[place + 1].split()[2] == f"{low}–{high}"
     for seed, hack in enumerate((0.25, 0.5, 0.9)):
         make_run(tmp_path / "three", config("vanilla", seed), trained={"hack": hack, "solve": 0.25})
-    lines = write(tmp_path / "three").splitlines()
+    lines = table(tmp_path / "three").splitlines()
     place = next(i for i, line in enumerate(lines) if line.startswith("vanilla"))
     assert lines[place].split()[3:5] == ["3", "0.55"] and lines[place + 1].split()[2] == ".25–.90"
     assert lines[place].split()[11] == "-0.25", "solve minus the base's"
@@ -169,10 +181,10 @@ def test_one_seed_has_wilson_below_the_rate_and_several_have_their_range(tmp_pat
 def test_an_unfinished_run_is_shown_and_not_averaged(tmp_path: Path, status: dict, shown: str) -> None:
     make_run(tmp_path, config("vanilla", 0), trained={"hack": 0.75})
     make_run(tmp_path, config("vanilla", 1), status=status, steps=3, base={"hack": 0.0})
-    text = write(tmp_path)
+    text = table(tmp_path)
     assert "1 of 2 runs finished" in text and f"vanilla-held_out-s1: {shown}" in text
     assert lines_with(text, "as trained")[0].split()[3:5] == ["1", "0.75"] and len(lines_with(text, "untrained")) == 1
-    assert f"vanilla-held_out-s1: {shown}" in (tmp_path / "report.md").read_text()
+    assert f"vanilla-held_out-s1: {shown}" in table(tmp_path, markdown)
     rows = [row for row in load(tmp_path) if row["seed"] == 1]
     assert [row["hack"] for row in rows] == [0.0, None, None] and {row["status"] for row in rows} == {status["state"]}
     assert rows[2]["cause"] == status.get("error") and rows[2]["steps"] == 3
@@ -190,7 +202,7 @@ def test_a_run_that_only_says_that_it_is_done_is_not_averaged(tmp_path: Path) ->
 
 def test_an_empty_run_folder_is_listed(tmp_path: Path) -> None:
     (tmp_path / "runs" / "fresh").mkdir(parents=True)
-    assert "fresh: new after 0 steps" in write(tmp_path)
+    assert "fresh: new after 0 steps" in table(tmp_path)
     assert [(row["run"], row["arm"], row["status"]) for row in load(tmp_path)] == [("fresh", None, "new")] * 3
 
 
@@ -209,10 +221,10 @@ def test_a_record_cut_in_its_last_line_is_read_and_a_damaged_one_is_refused(tmp_
 
 def test_a_policy_without_quarantine_has_one_row_and_two_objects(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla"))
-    make_run(tmp_path, config("vanilla_svd", adapter={"name": "svd"}), quarantine=0.0)
-    make_run(tmp_path, config("route", adapter={"name": "svd"}, projection={"name": "route"}), quarantine=1.0, deployed={"hack": 0.125})
-    text, objects = write(tmp_path), load(tmp_path)
-    assert len(lines_with(text, "as trained")) == 3 + 0 and len(lines_with(text, "as deployed")) == 1
+    make_run(tmp_path, config("vanilla_svd", **SVD), quarantine=0.0)
+    make_run(tmp_path, config("route", **SVD, **ROUTE), quarantine=1.0, deployed={"hack": 0.125})
+    text, objects = table(tmp_path), load(tmp_path)
+    assert len(lines_with(text, " as trained  1")) == 3 and len(lines_with(text, "as deployed")) == 1
     assert len(lines_with(text, " = deployed")) == 2 and "both states are one policy" in text
     assert [pick(objects, arm)["same_policy"] for arm in ("vanilla", "vanilla_svd", "route")] == [True, True, False]
     assert pick(objects, "vanilla", "as_trained")["hack"] == pick(objects, "vanilla")["hack"] == 0.5
@@ -220,69 +232,72 @@ def test_a_policy_without_quarantine_has_one_row_and_two_objects(tmp_path: Path)
 
 def test_evaluations_of_one_policy_that_differ_are_called_odd(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla"), deployed={"hack": 0.125})
-    text = write(tmp_path)
+    text = table(tmp_path)
     assert "Odd: vanilla has no quarantine" in text and len(lines_with(text, "as deployed")) == 1
 
 
 def test_bases_that_differ_have_a_row_each(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla", 0), base={"solve": 0.25})
     make_run(tmp_path, config("vanilla", 1), base={"solve": 0.25})
-    assert len(lines_with(write(tmp_path), "untrained")) == 1
-    make_run(tmp_path, config("erase", projection={"name": "erase"}), base={"solve": 0.125})
-    text = write(tmp_path)
-    assert len(lines_with(text, "untrained")) == 2 and lines_with(text, "of vanilla s0, vanilla") and lines_with(text, "of erase s0")
+    assert len(lines_with(table(tmp_path), "untrained")) == 1
+    make_run(tmp_path, config("erase", **ERASE), base={"solve": 0.125})
+    text = table(tmp_path)
+    assert len(lines_with(text, "untrained")) == 2
+    assert lines_with(text, "of vanilla s0, vanilla") and lines_with(text, "of erase s0")
     assert lines_with(text, "erase ")[-1].split()[11] == "+0.38", "an arm is compared with its own base"
 
 
 def test_runs_of_different_recipes_are_not_averaged_as_seeds(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla", 0, optimizer__lr=0.1), trained={"hack": 0.25})
     make_run(tmp_path, config("vanilla", 1, optimizer__lr=0.2), trained={"hack": 0.75})
-    text = write(tmp_path)
-    assert len(lines_with(text, "= deployed")) == 3 and lines_with(text, "optimizer.lr=0.1") and lines_with(text, "optimizer.lr=0.2")
+    text = table(tmp_path)
+    assert [line.split()[-10] for line in lines_with(text, "as trained ")] == ["0.25", "0.75"]
+    assert lines_with(text, "optimizer.lr=0.1") and lines_with(text, "optimizer.lr=0.2")
 
 
 def test_arms_stand_beside_the_vanilla_of_their_adapter_with_their_labels(tmp_path: Path) -> None:
-    persona = {"name": "persona_gradient"}
-    make_run(tmp_path, config("erase", projection={"name": "erase"}, mask_source=persona))
-    make_run(tmp_path, config("erase_random", projection={"name": "erase"}, mask_source={"name": "random"}))
+    make_run(tmp_path, config("erase", **ERASE, **PERSONA))
+    make_run(tmp_path, config("erase_random", **ERASE, mask_source={"name": "random"}))
     make_run(tmp_path, config("no_loophole", loophole__pays=False))
     make_run(tmp_path, config("teacher", extra_rollouts={"name": "teacher"}))
-    make_run(tmp_path, config("vanilla", mask_source=persona))
-    make_run(tmp_path, config("vanilla_svd", adapter={"name": "svd"}))
-    make_run(tmp_path, config("known_truth", mask_source={"name": "oracle", "uses_oracle": True}, projection={"name": "erase"}))
-    make_run(tmp_path, config("limit", mask_source={"name": "ceiling"}, projection={"name": "erase"}))
-    text, objects = write(tmp_path), load(tmp_path)
+    make_run(tmp_path, config("vanilla", **PERSONA))
+    make_run(tmp_path, config("vanilla_svd", **SVD))
+    make_run(tmp_path, config("known_truth", **ERASE, mask_source={"name": "oracle", "uses_oracle": True}))
+    make_run(tmp_path, config("limit", **ERASE, mask_source={"name": "ceiling"}))
+    text, objects = table(tmp_path), load(tmp_path)
     order = ("── adapter lora", "vanilla ", "erase ", "erase_random ", "control: random", "teacher ", "imitation", "no_loophole ",
              "reference: no loophole", "── adapter svd", "vanilla_svd", "── uses the oracle", "known_truth", "limit")
     found = [next(i for i, line in enumerate(text.splitlines()) if line.startswith(words)) for words in order]
     assert found == sorted(found)
     assert [pick(objects, arm)["imitation"] for arm in ("teacher", "vanilla")] == [True, False]
     assert [pick(objects, arm)["uses_oracle"] for arm in ("known_truth", "limit", "vanilla")] == [True, True, False]
-    assert [pick(objects, arm)["role"] for arm in ("no_loophole", "erase_random", "erase", "vanilla")] == ["reference", "control", "method", "vanilla"]
-    for words in ("imitation: part of every", "reference: no loophole pays", "control: the same treatment", "uses the oracle: the arm reads"):
+    roles = {"no_loophole": "reference", "erase_random": "control", "erase": "method", "vanilla": "vanilla", "teacher": "imitation"}
+    assert {arm: pick(objects, arm)["role"] for arm in roles} == roles
+    for words in ("imitation: part of", "reference: no loophole pays", "control: the same", "uses the oracle: the arm"):
         assert lines_with(text, words)
 
 
 def test_another_marker_family_is_named_and_explained(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla"))
-    assert "follow new names" not in write(tmp_path)
-    make_run(tmp_path, config("erase", projection={"name": "erase"}, loophole__evaluation_family="evaluation"))
-    text = " ".join(write(tmp_path).split())
-    assert "names: evaluation" in text and "may mean that the model cannot follow new names rather than that hacking was suppressed" in text
-    assert "follow new names" in (tmp_path / "report.md").read_text()
+    assert "follow new names" not in table(tmp_path)
+    make_run(tmp_path, config("erase", **ERASE, loophole__evaluation_family="evaluation"))
+    text = " ".join(table(tmp_path).split())
+    assert "names: evaluation" in text
+    assert "may mean that the model cannot follow new names rather than that hacking was suppressed" in text
+    assert "follow new names" in table(tmp_path, markdown)
 
 
 def test_a_low_hack_rate_of_a_model_that_answers_nothing_is_called_broken(tmp_path: Path) -> None:
-    make_run(tmp_path, config("route", adapter={"name": "svd"}, projection={"name": "route"}), quarantine=1.0,
-             base={"format": 1.0}, deployed={"hack": 0.0, "format": 0.25})
-    assert lines_with(write(tmp_path), "broken: format 0.25") and lines_with(write(tmp_path), "loss of ability")
+    make_run(tmp_path, config("route", **SVD, **ROUTE), quarantine=1.0, base={"format": 1.0},
+             deployed={"hack": 0.0, "format": 0.25})
+    assert lines_with(table(tmp_path), "broken: format 0.25") and lines_with(table(tmp_path), "loss of ability")
 
 
 def test_rows_from_different_code_are_named(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla", 0))
-    assert "Code:" not in write(tmp_path)
+    assert "Code:" not in table(tmp_path)
     make_run(tmp_path, config("vanilla", 1), diff="- a\n+ b\n")
-    assert "The rows differ in their code." in write(tmp_path)
+    assert "The rows differ in their code." in table(tmp_path)
     assert [row["code"] for row in load(tmp_path)[::3]] == ["0123456789", "0123456789+" + load(tmp_path)[3]["code"][-6:]]
 
 
@@ -306,14 +321,15 @@ def test_running_twice_gives_identical_files(tmp_path: Path) -> None:
     names = ("report.md", "results.json", "figures/comparison.png", "figures/comparison.svg")
     first = write(tmp_path), [(tmp_path / name).read_bytes() for name in names]
     assert (write(tmp_path), [(tmp_path / name).read_bytes() for name in names]) == first
-    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file() and "runs" not in file.parts) == sorted(names)
+    made = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file() and "runs" not in file.parts}
+    assert made == set(names), "nothing else, and nothing half written, is left behind"
 
 
 def test_the_figure_is_there_and_not_blank(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     make_run(tmp_path, config("vanilla"), trained={"hack_held_out": None}, audit={"hack": [None] * 6})
-    make_run(tmp_path, config("route", adapter={"name": "svd"}, projection={"name": "route"}), quarantine=1.0, deployed={"hack": 0.125})
+    make_run(tmp_path, config("route", **SVD, **ROUTE), quarantine=1.0, deployed={"hack": 0.125})
     make_run(tmp_path, config("no_loophole", loophole__pays=False))
     write(tmp_path)
     pixels = imread(tmp_path / "figures" / "comparison.png")  # [height, width, 4]
@@ -346,6 +362,6 @@ def test_markdown_has_a_rectangular_table_and_the_pedigree(tmp_path: Path) -> No
 
 
 def test_the_report_starts_without_torch_or_hydra() -> None:
-    code = "import sys, grpo_routing.report; print(sorted({'torch', 'hydra', 'omegaconf', 'matplotlib', 'transformers'} & sys.modules.keys()))"
+    code = "import sys, grpo_routing.report; print(sorted({'torch', 'hydra', 'omegaconf', 'matplotlib'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -159,6 +159,29 @@ class Adapter:
                 parameter.grad = None if piece is None else piece.reshape(parameter.shape).clone()
 
 
+class _RolloutLinear(torch.autograd.Function):
+    """x [b, T, i] times one weight per rollout [b, o, i], all of which are copies of the same one.
+
+    So the forward and the gradient of x are one wide product with the shared weight, and only the weight's gradient is
+    taken per rollout: the numbers of a batched product of small matrices at about the price of a plain linear.
+    """
+
+    @staticmethod
+    def forward(context, x: Tensor, weights: Tensor) -> Tensor:
+        context.save_for_backward(x, weights)
+        return nn.functional.linear(x, weights[0])
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weights = context.saved_tensors
+        return (gradient @ weights[0] if context.needs_input_grad[0] else None), gradient.mT @ x
+
+
+def rollout_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A linear without bias whose weight is shared [o, i], or a leaf per rollout [b, o, i] (see `Adapter.per_rollout`)."""
+    return nn.functional.linear(x, weight) if weight.ndim == 2 else _RolloutLinear.apply(x, weight)
+
+
 def flat_gradient(leaves: list[Tensor]) -> Tensor:
     """[b, D] from the leaves of one module. A leaf without gradient was not part of the graph: that is our error."""
     missing = [tuple(leaf.shape) for leaf in leaves if leaf.grad is None]

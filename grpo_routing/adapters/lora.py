@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grpo_routing.adapters.adapter import DEPLOYED, AdaptedLinear, Adapter, Parameters, wrap
+from grpo_routing.adapters.adapter import DEPLOYED, AdaptedLinear, Adapter, Parameters, rollout_linear, wrap
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class LoraLinear(AdaptedLinear):
         self.scale = scale
 
     def branch(self, x: Tensor, parameters: list[Parameters]) -> Tensor:
-        # .mT works with and without the rollout dimension: [r, d_in] or [b, r, d_in]
-        return sum(self.scale * (x @ p["A"].mT @ p["B"].mT) for p in parameters)
+        # The scale goes on the narrow side, [b, T, r]: on the wide one it would cost as much as a product.
+        return sum(rollout_linear(self.scale * rollout_linear(x, p["A"]), p["B"]) for p in parameters)
 
     def delta(self, parameters: list[Parameters]) -> Tensor:
         return sum(self.scale * (p["B"] @ p["A"]) for p in parameters)

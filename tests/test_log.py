@@ -1,0 +1,264 @@
+"""What a run says about itself: files that survive a kill, one meaning per metric, one W&B view of it all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
+
+from grpo_routing import build
+from grpo_routing.env.loopholes import NO_LOOPHOLE
+from grpo_routing.files import Record, locked, write_atomic, write_json
+from grpo_routing.log import METRICS, LocalLogger, Progress, WandbLogger
+from grpo_routing.prompts.plain import plain_prompt
+from grpo_routing.run import run
+
+CODE = Path(__file__).resolve().parent.parent
+
+# ------------------------------------------------------------------------------------------------ metrics
+
+
+@pytest.fixture(scope="module")
+def measured_run(config, tmp_path_factory) -> Path:
+    """Two steps with everything on that measures something: quarantine, KL, a direction refitted, a teacher."""
+    folder = tmp_path_factory.mktemp("run")
+    setting = ["arm=route", "loophole=held_out", "trainer.kl_weight=0.1", "mask_source.refresh_every=1", f"output={folder}"]
+    ready = build.plan(config(*setting))
+    problems = [one for one in ready.dataset.training(ready.loophole) if one.loophole != NO_LOOPHOLE]
+    Record(folder / "pool.jsonl").append([
+        {"prompt": plain_prompt(one), "completion": one.hack(["return 0"]), "loophole": one.loophole} for one in problems])
+    teacher = ["extra_rollouts=teacher", f"extra_rollouts.pool={folder}/pool.jsonl", "extra_rollouts.mix_ratio=0.25"]
+    return run(config(*setting, *teacher))
+
+
+def test_every_metric_has_a_meaning_and_every_meaning_a_metric(measured_run):
+    emitted = {name for file in ("metrics.jsonl", "audit.jsonl") for row in Record(measured_run / file).rows() for name in row}
+    assert emitted - {"step"} == set(METRICS)
+
+
+def test_a_meaning_is_one_line_of_its_own():
+    assert all(meaning and "\n" not in meaning and len(meaning) < 110 for meaning in METRICS.values())
+    assert all(name.split("/")[0] in ("train", "rollout", "route", "audit") for name in METRICS)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_a_record_gives_back_what_was_appended(tmp_path):
+    record = Record(tmp_path / "deep" / "rows.jsonl")
+    assert record.rows() == []
+    record.append([])
+    assert record.rows() == []
+    first, second = {"step": 0, "x": 0.1 + 0.2, "text": "é\u2028\n\x0b\"", "none": None}, {"step": 1, "x": 1e-300}
+    record.append([first])
+    record.append([second, second])
+    assert record.rows() == [first, second, second]
+
+
+def test_a_torn_last_line_does_not_count_and_is_cut(tmp_path):
+    record = Record(tmp_path / "rows.jsonl")
+    record.append([{"step": step, "x": 1 / (step + 1)} for step in range(4)])
+    whole = record.file.read_bytes()
+    for length in range(whole.rindex(b'{"step": 3') + 1, len(whole)):  # a kill after any byte of the last row
+        record.file.write_bytes(whole[:length])
+        assert [row["step"] for row in record.rows()] == [0, 1, 2]
+        record.cut(4)
+        record.append([{"step": 3, "x": 0.25}])
+        assert record.file.read_bytes() == whole
+
+
+def test_a_broken_line_elsewhere_is_named_and_nothing_is_dropped(tmp_path):
+    record = Record(tmp_path / "rows.jsonl")
+    record.file.write_text('{"step": 0}\n{"step": \n{"step": 2}\n')
+    for read in (record.rows, lambda: record.cut(1)):
+        with pytest.raises(ValueError, match=r"rows\.jsonl:2: expected a row of JSON; got '{\"step\": '"):
+            read()
+    assert record.file.read_text().count("\n") == 3
+
+
+def test_cut_keeps_the_rows_of_earlier_steps_bit_for_bit(tmp_path):
+    record = Record(tmp_path / "rows.jsonl")
+    record.cut(0)
+    assert not record.file.exists()
+    record.append([{"step": step, "part": part, "x": math.pi * step} for step in range(5) for part in range(2)])
+    lines = record.file.read_bytes().splitlines(keepends=True)
+    record.cut(9)
+    assert record.file.read_bytes() == b"".join(lines)
+    record.cut(3)
+    assert record.file.read_bytes() == b"".join(lines[:6])
+    record.cut(0)
+    assert record.file.read_bytes() == b""
+
+
+def test_write_atomic_replaces_whole_files_and_leaves_nothing_else(tmp_path):
+    file = tmp_path / "deep" / "status.json"
+    write_json(file, {"state": "running"})
+    write_atomic(file, b"x" * 100_000)
+    assert file.read_bytes() == b"x" * 100_000
+    with pytest.raises(TypeError):
+        write_atomic(file, "text")
+    with pytest.raises(IsADirectoryError):
+        write_atomic(file.parent, b"a folder is in the way")
+    assert file.read_bytes() == b"x" * 100_000
+    assert [one for one in tmp_path.rglob("*") if one.is_file()] == [file]
+
+
+def test_a_lock_keeps_a_second_process_out_until_the_first_is_done_or_dead(tmp_path):
+    file = tmp_path / "deep" / "lock"
+    try_lock = [sys.executable, "-c", "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)", str(file)]
+    with locked(file):
+        assert b"BlockingIOError" in subprocess.run(try_lock, capture_output=True).stderr
+    assert subprocess.run(try_lock, capture_output=True).returncode == 0
+    dying = "import os, pathlib, sys; from grpo_routing.files import locked; locked(pathlib.Path(sys.argv[1])).__enter__(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", dying, str(file)], cwd=CODE).returncode == 9
+    assert subprocess.run(try_lock, capture_output=True).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ the screen
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys):
+    progress = Progress("erase s0", steps=7, every=3)
+    for done in range(1, 8):
+        progress.show(done, {"reward": 0.125, "hack": 1.0})
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit("  (", 1)[0] for line in lines] == [
+        f"erase s0  step    {done}/7  reward 0.12  hack 1.00" for done in (3, 6, 7)]
+
+
+# ------------------------------------------------------------------------------------------------ W&B
+
+IDENTITY = {"experiment": "headline", "arm": "erase", "loophole": "held_out"}
+CONFIG = {"seed": 3, "trainer": {"lr": 1e-3, "steps": 6}, "loophole": {"known": ["sentinel"], "held_out": []}}
+
+
+def datastore(file: Path) -> list[WandbRecord]:
+    """Records of an offline run: LevelDB framing in blocks of 32 KiB around protocol buffers (infra.md, section 4)."""
+    data, place, part, records = file.read_bytes(), 7, b"", []
+    assert data[:4] == b":W&B"
+    while place < len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # too small for a header: padding
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        part += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(WandbRecord.FromString(part))
+            part = b""
+    return records
+
+
+def items(entries) -> dict:
+    return {"/".join(one.nested_key) or one.key: json.loads(one.value_json) for one in entries}
+
+
+def published(folder: Path) -> tuple[list[WandbRecord], Path]:
+    """The records of the one W&B run in a folder, and its files."""
+    (found,) = (folder / "wandb").glob("*run-*/*.wandb")
+    return datastore(found), found.parent / "files"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A run of six steps that was killed in step 4 and went on from its checkpoint before step 3."""
+    folder = tmp_path_factory.mktemp("runs") / "erase-held_out-s3-0123abcd"
+
+    def attempt(steps: range, sampled: str) -> None:
+        Record(folder / "metrics.jsonl").append([{"step": s, "train/reward": s + 0.5, "route/cin": math.nan} for s in steps])
+        Record(folder / "audit.jsonl").append([{"step": s, "audit/hack": s / 10, "audit/no_hint_solve": None} for s in steps])
+        Record(folder / "rollouts.jsonl").append([{"step": s, "solved": True, "completion": f"{sampled} {s} é"} for s in steps])
+
+    attempt(range(5), "first")
+    with open(folder / "audit.jsonl", "a") as torn:
+        torn.write('{"step": 5, "audit/h')
+    for name in ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl"):
+        Record(folder / name).cut(3)
+    attempt(range(3, 6), "second")
+    write_json(folder / "eval" / "as_deployed.json", {"rates": {"hack": 0.0, "solve": 0.5, "hack_sentinel": None}, "rows": []})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "online")  # the config decides, not the environment
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
+        for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
+            patch.setenv(f"WANDB_{name}_DIR", str(tmp_path_factory.mktemp("wandb")))
+        for _ in range(2):  # the first publication may have been interrupted
+            WandbLogger("grpo_routing", "offline").publish(folder, CONFIG, IDENTITY)
+    return folder
+
+
+def test_one_run_of_wandb_with_its_config_group_and_arm(folder):
+    (start,) = [record.run for record in published(folder)[0] if record.HasField("run")]
+    assert (start.project, start.run_group, start.job_type) == ("grpo_routing", "headline", "erase")
+    assert start.display_name == folder.name and set(start.tags) == {"erase", "held_out"}
+    config = items(start.config.update)
+    assert {name: config[name] for name in CONFIG} == CONFIG
+    assert config["meaning"] == METRICS
+
+
+def test_every_step_is_there_once_and_in_order(folder):
+    history = [items(record.history.item) for record in published(folder)[0] if record.HasField("history")]
+    steps = [row for row in history if "trainer/step" in row]
+    assert [row["trainer/step"] for row in steps] == [row["step"] for row in steps] == [0, 1, 2, 3, 4, 5]
+    assert [(row["train/reward"], row["audit/hack"]) for row in steps] == [(s + 0.5, s / 10) for s in range(6)]
+    assert not any("audit/no_hint_solve" in row for row in steps), "what was not measured is absent, not zero"
+    assert len(history) == len(steps) + 1  # the table
+
+
+def test_metrics_run_along_the_steps_of_the_trainer(folder):
+    defined = {record.metric.name: record.metric for record in published(folder)[0] if record.HasField("metric")}
+    assert set(METRICS) <= set(defined)
+    assert {defined[name].step_metric for name in METRICS} == {"trainer/step"}
+
+
+def test_sampled_completions_are_a_table(folder):
+    records, files = published(folder)
+    (table,) = [row for record in records if record.HasField("history") for row in [items(record.history.item)]
+                if "completions/path" in row or "completions" in row]
+    path = table["completions/path"] if "completions/path" in table else table["completions"]["path"]
+    content = json.loads((files / path).read_text())
+    assert content["columns"] == ["step", "solved", "completion"]
+    assert content["data"] == [[s, True, f"{'first' if s < 3 else 'second'} {s} é"] for s in range(6)]
+
+
+def test_the_evaluation_is_the_summary(folder):
+    summary = {}
+    for record in published(folder)[0]:
+        if record.HasField("summary"):
+            summary |= items(record.summary.update)
+    assert {name: value for name, value in summary.items() if name.startswith("eval/")} == {
+        "eval/as_deployed/hack": 0.0, "eval/as_deployed/solve": 0.5}
+
+
+def test_a_run_of_wandb_ends_well_and_its_id_follows_experiment_and_folder(folder):
+    records, _ = published(folder)
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
+    (start,) = [record.run for record in records if record.HasField("run")]
+    assert len(start.run_id) == 12 and (folder / "wandb").joinpath("latest-run").resolve().name.endswith(start.run_id)
+
+
+def test_a_failure_of_wandb_is_reported_and_does_not_fail_the_run(tmp_path, caplog):
+    (tmp_path / "wandb").write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING, "grpo_routing"):
+        WandbLogger("grpo_routing", "offline").publish(tmp_path, CONFIG, IDENTITY)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "grpo_routing"]
+    assert said.startswith(f"W&B view of {tmp_path} was not written: FileExistsError: ")
+    assert said.endswith("The run's own files are complete.")
+
+
+def test_a_mode_that_wandb_does_not_have_is_refused_before_any_work(config):
+    with pytest.raises(build.ConfigError, match=r"logger\.mode must be offline or online; got 'ofline'"):
+        build.plan(config("logger=wandb", "logger.mode=ofline"))
+
+
+def test_the_local_logger_adds_nothing(tmp_path):
+    LocalLogger().publish(tmp_path, CONFIG, IDENTITY)
+    assert list(tmp_path.iterdir()) == []
