@@ -54,13 +54,24 @@ def pairs() -> float:
     texts = [(pair.prompt, text) for pair in load_pairs("opchains.yaml", ("run_tests", "sentinel", "stdout_marker"))
              for text in (pair.hack, pair.clean)]
 
-    def one_by_one() -> None:
-        for prompt, completion in texts:
-            tokens = TokenBatch.of([(policy.encode(prompt), policy.encode(completion) + (policy.end,))], policy.pad)
-            log_probs = policy.log_probs(tokens)
-            policy.model.zero_grad()
-            (-log_probs.sum() / tokens.completion_mask.sum()).backward()
+    parameters = policy.adapter.parameters()
 
+    def one_by_one() -> dict[str, torch.Tensor]:
+        """The straightforward way: tokenize, forward, backward and read the gradients, completion after completion."""
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name in parameters}
+        for prompt, completion in texts:
+            start = len(policy.tokenizer(prompt).input_ids)
+            ids = torch.tensor([policy.tokenizer(prompt).input_ids + policy.tokenizer(completion).input_ids + [policy.end]])
+            log_probs = torch.log_softmax(policy.model(input_ids=ids).logits[:, :-1], -1).gather(2, ids[:, 1:, None])
+            policy.model.zero_grad()
+            (-log_probs[:, start - 1 :].mean()).backward()
+            for name, own in parameters.items():
+                rows[name].append(torch.cat([p.grad.flatten() for p in own.values()]))
+        return {name: torch.stack(own) for name, own in rows.items()}
+
+    one, batched = one_by_one(), completion_gradients(policy, texts, 64)
+    worst = max(float((one[name] - batched[name]).norm() / one[name].norm()) for name in one)
+    print(f"pairs: {len(texts)} completions, relative difference of the two ways {worst:.1e}")
     return compare(f"pairs ({len(texts)})", ("one backward each", one_by_one), ("batched", lambda: completion_gradients(policy, texts, 64)))
 
 

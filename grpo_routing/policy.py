@@ -42,6 +42,9 @@ class Policy:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
+    def encode_all(self, texts: list[str]) -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 

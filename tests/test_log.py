@@ -116,7 +116,8 @@ def test_a_lock_keeps_a_second_process_out_until_the_first_is_done_or_dead(tmp_p
     with locked(file):
         assert b"BlockingIOError" in subprocess.run(try_lock, capture_output=True).stderr
     assert subprocess.run(try_lock, capture_output=True).returncode == 0
-    dying = "import os, pathlib, sys; from grpo_routing.files import locked; locked(pathlib.Path(sys.argv[1])).__enter__(); os._exit(9)"
+    dying = ("import os, pathlib, sys; from grpo_routing.files import locked\n"
+             "with locked(pathlib.Path(sys.argv[1])): os._exit(9)")
     assert subprocess.run([sys.executable, "-c", dying, str(file)], cwd=CODE).returncode == 9
     assert subprocess.run(try_lock, capture_output=True).returncode == 0
 
@@ -190,8 +191,8 @@ def folder(tmp_path_factory) -> Path:
         patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
         for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
             patch.setenv(f"WANDB_{name}_DIR", str(tmp_path_factory.mktemp("wandb")))
-        for _ in range(2):  # the first publication may have been interrupted
-            WandbLogger("grpo_routing", "offline").publish(folder, CONFIG, IDENTITY)
+        for config in ({"seed": 99}, CONFIG):  # the second one replaces the first
+            WandbLogger("grpo_routing", "offline").publish(folder, config, IDENTITY)
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class LoraLinear(AdaptedLinear):
 
     def branch(self, x: Tensor, parameters: list[Parameters]) -> Tensor:
         # The scale goes on the narrow side, [b, T, r]: on the wide one it would cost as much as a product.
-        return sum(rollout_linear(self.scale * rollout_linear(x, p["A"]), p["B"]) for p in parameters)
+        return reduce(torch.add, [rollout_linear(self.scale * rollout_linear(x, p["A"]), p["B"]) for p in parameters])
 
     def delta(self, parameters: list[Parameters]) -> Tensor:
-        return sum(self.scale * (p["B"] @ p["A"]) for p in parameters)
+        return reduce(torch.add, [self.scale * (p["B"] @ p["A"]) for p in parameters])

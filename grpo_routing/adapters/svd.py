@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -45,11 +46,11 @@ class SvdLinear(AdaptedLinear):
         self.register_buffer("vh", vh.to(base.weight), persistent=False)  # [r, d_in]
 
     def branch(self, x: Tensor, parameters: list[Parameters]) -> Tensor:
-        knob = sum(p["dS"] for p in parameters)  # [r] or [b, r]
+        knob = reduce(torch.add, [p["dS"] for p in parameters])  # [r] or [b, r]
         return (x @ self.vh.T * knob.unsqueeze(-2)) @ self.u.T
 
     def delta(self, parameters: list[Parameters]) -> Tensor:
-        return (self.u * sum(p["dS"] for p in parameters)) @ self.vh
+        return (self.u * reduce(torch.add, [p["dS"] for p in parameters])) @ self.vh
 
 
 def decompose(weight: Tensor, cache: Path) -> tuple[Tensor, Tensor]:

@@ -32,8 +32,9 @@ from grpo_routing.types import Basis, TokenBatch
 
 
 def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_batch: int) -> dict[str, Tensor]:
-    """Gradient of the mean completion NLL for (prompt, completion) texts: name -> [N, D], batched, one backward each."""
-    sequences = [(policy.encode(prompt), policy.encode(completion) + (policy.end,)) for prompt, completion in texts]
+    """Gradient of the mean completion NLL for (prompt, completion) texts: name -> [N, D], one backward a micro-batch."""
+    prompts, completions = (policy.encode_all(list(part)) for part in zip(*texts))
+    sequences = [(prompt, completion + (policy.end,)) for prompt, completion in zip(prompts, completions)]
     tokens = TokenBatch.of(sequences, policy.pad, policy.device)
     parts: dict[str, list[Tensor]] = {name: [] for name in policy.adapter.modules}
     for start in range(0, len(tokens), micro_batch):
