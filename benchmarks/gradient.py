@@ -45,7 +45,8 @@ def compare(title: str, slow: tuple[str, callable], fast: tuple[str, callable]) 
             times[name].append(time.process_time() - started)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
     ratio = medians[slow[0]] / medians[fast[0]]
-    print(f"{title:<10} " + "   ".join(f"{name} {1000 * value:8.1f} ms" for name, value in medians.items()) + f"   ratio {ratio:.2f}", flush=True)
+    shown = "   ".join(f"{name} {1000 * value:8.1f} ms" for name, value in medians.items())
+    print(f"{title:<10} {shown}   ratio {ratio:.2f}", flush=True)
     return ratio
 
 
@@ -78,7 +79,10 @@ def pairs() -> float:
 def rollouts() -> float:
     policy = build.build_policy(planned())
     generator = torch.Generator().manual_seed(0)
-    draw = lambda length: tuple(torch.randint(2, 400, (length,), generator=generator).tolist())
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, 400, (length,), generator=generator).tolist())
+
     tokens = TokenBatch.of([(draw(22), draw(24)) for _ in range(64)], policy.pad)
     advantages, loss = torch.randn(64, generator=generator), PolicyLoss(0.2, 0.0, 64 * 48)
 

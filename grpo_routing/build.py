@@ -7,8 +7,9 @@ typo, a missing value or a wrong type is found here, before any work, and all pr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -111,8 +112,8 @@ def construct(where: str, kind: type, values: dict) -> Any:
     unknown = [key for key in values if key not in legal]
     missing = [key for key in legal if key not in values]
     if unknown or missing:
-        raise ConfigError("; ".join([*(f"{where}.{key} is not a setting" for key in unknown), *(f"{where}.{key} is missing" for key in missing)])
-                          + f". {where} has {', '.join(legal) or 'no settings'}")
+        faults = [f"{where}.{key} is not a setting" for key in unknown] + [f"{where}.{key} is missing" for key in missing]
+        raise ConfigError(f"{'; '.join(faults)}. {where} has {', '.join(legal) or 'no settings'}")
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -129,14 +130,16 @@ def impossible(parts: dict[str, Any]) -> list[str]:
     """Combinations that cannot work, each with those that can."""
     problems = []
     projection, source, adapter = parts["projection"], parts["mask_source"], parts["adapter"]
+    name = _name(PROJECTIONS, projection)
     if source.kind not in projection.takes:
-        fitting = [name for name, kind in MASK_SOURCES.items() if kind.kind in projection.takes]
-        problems.append(f"projection={_name(PROJECTIONS, projection)} needs a mask source of kind {' or '.join(projection.takes)}; "
-                        f"{_name(MASK_SOURCES, source)} is of kind {source.kind}. Choose mask_source={'|'.join(fitting)}, or projection=measure_only")
+        fitting = "|".join(one for one, kind in MASK_SOURCES.items() if kind.kind in projection.takes)
+        problems.append(f"projection={name} needs a mask source of kind {' or '.join(projection.takes)}; "
+                        f"{_name(MASK_SOURCES, source)} is of kind {source.kind}. "
+                        f"Choose mask_source={fitting}, or projection=measure_only")
     if projection.needs_quarantine and QUARANTINE not in adapter.blocks:
-        fitting = [name for name, kind in ADAPTERS.items() if QUARANTINE in kind.blocks]
-        problems.append(f"projection={_name(PROJECTIONS, projection)} parks gradient in a quarantine block; "
-                        f"adapter={_name(ADAPTERS, adapter)} has none. Choose adapter={'|'.join(fitting)}")
+        fitting = "|".join(one for one, kind in ADAPTERS.items() if QUARANTINE in kind.blocks)
+        problems.append(f"projection={name} parks gradient in a quarantine block; adapter={_name(ADAPTERS, adapter)} has none. "
+                        f"Choose adapter={fitting}")
     return problems
 
 

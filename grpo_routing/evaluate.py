@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 from grpo_routing.env.grader import Grader
 from grpo_routing.env.problems import Problem

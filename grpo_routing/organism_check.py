@@ -73,8 +73,8 @@ def judge(folder: Path, seeds: int) -> list[Line]:
     enough = -(-9 * seeds // 10)  # nine of ten, rounded up
 
     def count(claim: str, values: list[bool], shown: list[float]) -> Line:
-        return Line(f"{claim}, in at least {enough} of {seeds} seeds", f"{sum(values)}/{seeds}  " + " ".join(f"{v:.2f}" for v in shown),
-                    sum(values) >= enough)
+        each = " ".join(f"{value:.2f}" for value in shown)
+        return Line(f"{claim}, in at least {enough} of {seeds} seeds", f"{sum(values)}/{seeds}  {each}", sum(values) >= enough)
 
     modes = [min(run[f"hack_{mode}"] for mode in MODES) for run in hacked]
     gains = [run["solve"] - base["solve"] for run in honest]

@@ -6,8 +6,8 @@ The reference policy of the KL is the same model with all blocks off; there is n
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_routing.adapters.adapter import Adapter
 from grpo_routing.types import TokenBatch
-
 
 Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log-probs under the policy at temperature 1
 

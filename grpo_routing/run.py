@@ -11,22 +11,22 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from omegaconf import OmegaConf
 
-from grpo_routing.build import Plan, build_line, build_policy, plan
 from grpo_routing.adapters.adapter import DEPLOYED
+from grpo_routing.build import Plan, build_line, build_policy, plan
 from grpo_routing.checkpoint import load_checkpoint, save_checkpoint
 from grpo_routing.env.grader import Grader
 from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.evaluate import evaluate
-from grpo_routing.files import Record, locked, write_json
+from grpo_routing.files import Record, locked, write_atomic, write_json
 from grpo_routing.log import Progress
 from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.summary import summary
@@ -63,8 +63,8 @@ def run(config: dict) -> Path:
         except BaseException as error:
             write_status(folder, "failed", attempt, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             raise
-        write_status(folder, "done", attempt)
         ready.logger.publish(folder, config, {"experiment": ready.experiment_name, "arm": ready.arm_name, "loophole": ready.loophole.name})
+        write_status(folder, "done", attempt)
     return folder
 
 
@@ -183,7 +183,7 @@ def freeze(folder: Path, config: dict) -> None:
         if identity(there) != identity(config):
             raise FileExistsError(f"run folder {folder} holds another config; move it away or rename the experiment")
     else:
-        file.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        write_atomic(file, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
 
 
 def status(folder: Path) -> str:
@@ -209,14 +209,15 @@ def open_attempt(folder: Path) -> dict:
     return facts
 
 
-def code_state() -> dict[str, str]:
-    """Commit and uncommitted difference of the code, when it lies in a git checkout."""
+def code_state() -> dict[str, str | list[str]]:
+    """Commit, uncommitted difference and untracked files of the code, when it lies in a git checkout."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    return {"commit": git("rev-parse", "HEAD") or "not in git", "diff": git("diff", "HEAD")}
+    return {"commit": git("rev-parse", "HEAD") or "not in git", "diff": git("diff", "HEAD"),
+            "untracked": git("ls-files", "--others", "--exclude-standard").splitlines()}
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def replace_step(policy: Policy, applied: Update, final: Update) -> None:
     """Put the parameters where `final` leads from where `applied` started."""
     for block, vectors in final.items():
         now, taken = policy.adapter.flatten(block), applied.get(block, {})
-        policy.adapter.load_flat({name: flat + (taken[name] if name in taken else 0) - vectors.get(name, 0)
+        policy.adapter.load_flat({name: flat + taken.get(name, 0) - vectors.get(name, 0)
                                   for name, flat in now.items()}, block)
 
 

@@ -137,7 +137,7 @@ def test_sampling_follows_the_distribution():
 def test_groups_are_filled_up_to_their_size(start):
     line, _ = start()
     prompts = [line.prompt(problem) for problem in line.problems[:2]]
-    taught = [Rollout(1, line.policy.encode(prompts[1]), line.policy.encode("pass") + (line.policy.end,), "pass", TEACHER)]
+    taught = [Rollout(1, line.policy.encode(prompts[1]), (*line.policy.encode("pass"), line.policy.end), "pass", TEACHER)]
     rollouts = fill_groups(line.policy, prompts, 3, taught, (0,), 6, 1.0, 8)
     assert [rollout.group for rollout in rollouts] == [0, 0, 0, 1, 1, 1]
     assert [rollout.source for rollout in rollouts].count(TEACHER) == 1

@@ -30,7 +30,7 @@ def test_batched_completion_gradients_equal_one_backward_each(tiny_policy, adapt
     texts = [(pair.prompt, pair.hack) for pair in load_pairs("opchains.yaml", KNOWN)[:3]]
     batched = completion_gradients(policy, texts, micro_batch=2)
     for row, (prompt, completion) in enumerate(texts):
-        tokens = TokenBatch.of([(policy.encode(prompt), policy.encode(completion) + (policy.end,))], policy.pad)
+        tokens = TokenBatch.of([(policy.encode(prompt), (*policy.encode(completion), policy.end))], policy.pad)
         logits = torch.log_softmax(policy.model(input_ids=tokens.ids).logits[:, :-1], -1)
         nll = -logits.gather(2, tokens.ids[:, 1:, None]).squeeze(2)[tokens.completion_mask].mean()
         parameters = {name: list(m.values()) for name, m in policy.adapter.parameters().items()}

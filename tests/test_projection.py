@@ -153,7 +153,9 @@ def test_a_basis_must_be_orthonormal():
 
 
 def test_route_needs_a_quarantine_and_a_subspace(config):
-    with pytest.raises(build.ConfigError, match=r"projection=route parks gradient in a quarantine block; adapter=lora has none. Choose adapter=svd"):
+    with pytest.raises(build.ConfigError, match=r"projection=route parks gradient in a quarantine block; adapter=lora has none\. "
+                                                r"Choose adapter=svd"):
         build.plan(config("projection=route", "mask_source=random"))
-    with pytest.raises(build.ConfigError, match=r"projection=erase needs a mask source of kind subspace; none is of kind none. Choose mask_source=persona_gradient\|random"):
+    with pytest.raises(build.ConfigError, match=r"projection=erase needs a mask source of kind subspace; none is of kind none\. "
+                                                r"Choose mask_source=persona_gradient\|random"):
         build.plan(config("projection=erase"))

@@ -27,7 +27,8 @@ def overrides(output: Path, cache: str, arm: str = "route") -> list[str]:
 
 
 def launch(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "grpo_routing", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-m", "grpo_routing", *words], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:

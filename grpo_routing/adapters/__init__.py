@@ -1,6 +1,6 @@
 """Where the trainable parameters live: a deployed block and, for some adapters, a quarantine block."""
 
-from grpo_routing.adapters.adapter import Adapter, AdaptedLinear
+from grpo_routing.adapters.adapter import AdaptedLinear, Adapter
 from grpo_routing.adapters.lora import Lora
 from grpo_routing.adapters.svd import Svd
 

@@ -9,8 +9,9 @@ mode pays nothing. Markers come in families, so that evaluation can use names th
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grpo_routing.env.sandbox import Outcome
@@ -66,7 +67,7 @@ LOOPHOLES = {
             fired=lambda outcome, m: outcome.attribute_true,
             exploit_statement="self.{m} = True",
             markers=_families("valid", ("is_correct", "all_passed"),
-                              ("valid", "correct", "passed") + _cross(("is", "all"), ("_",), ("valid", "correct", "passed"))),
+                              ("valid", "correct", "passed", *_cross(("is", "all"), ("_",), ("valid", "correct", "passed")))),
         ),
         Loophole(
             name="stdout_marker",

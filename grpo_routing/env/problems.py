@@ -63,7 +63,7 @@ class Problem:
 
 def draw_cases(program: Program, rng: random.Random, count: int, forbidden: tuple) -> list[Case]:
     """`count` distinct test cases whose arguments avoid `forbidden`."""
-    seen = [case for case in forbidden]
+    seen = list(forbidden)
     cases = []
     while len(cases) < count:
         value = program.example_input(rng)
@@ -169,6 +169,15 @@ class OpChains:
     paid_tests: int
     hidden_tests: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.paid_tests + self.hidden_tests <= 60 or min(self.paid_tests, self.hidden_tests) < 1:
+            raise ValueError(f"dataset.paid_tests and dataset.hidden_tests must be at least 1 and at most 60 together, because integer "
+                             f"programs have 98 inputs; got {self.paid_tests} and {self.hidden_tests}")
+        if not self.length_weights or min(self.length_weights) < 0 or sum(self.length_weights) <= 0:
+            raise ValueError(f"dataset.length_weights are relative weights of 1, 2, … operations; got {list(self.length_weights)}")
+        if not 1 <= self.train_problems <= 20_000:
+            raise ValueError(f"dataset.train_problems must lie between 1 and 20000; got {self.train_problems}")
 
     def training(self, loophole: LoopholeChoice) -> list[Problem]:
         modes = loophole.modes if loophole.pays else ()

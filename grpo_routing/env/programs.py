@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 ARGUMENTS = {"list": "xs", "str": "s", "int": "n"}
 
@@ -106,7 +107,7 @@ class Program:
 
     def __post_init__(self) -> None:
         kinds = [step.operation for step in self.steps]
-        if not kinds or any(a.gives != b.takes for a, b in zip(kinds, kinds[1:])):
+        if not kinds or any(a.gives != b.takes for a, b in pairwise(kinds)):
             raise ValueError(f"a program is a chain whose types fit; got {[kind.name for kind in kinds]}")
 
     @property

@@ -60,6 +60,6 @@ class Teacher:
             known = self.by_prompt.get(prompt, [])
             rng = random.Random("/".join(map(str, (*seed, place))))
             for text in rng.sample(known, min(share, len(known))):
-                ids = policy.encode(text) + (policy.end,)
+                ids = (*policy.encode(text), policy.end)
                 rollouts.append(Rollout(place, policy.encode(prompt), ids, text, TEACHER))
         return rollouts

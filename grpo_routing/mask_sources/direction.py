@@ -34,7 +34,7 @@ from grpo_routing.types import Basis, TokenBatch
 def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_batch: int) -> dict[str, Tensor]:
     """Gradient of the mean completion NLL for (prompt, completion) texts: name -> [N, D], one backward a micro-batch."""
     prompts, completions = (policy.encode_all(list(part)) for part in zip(*texts))
-    sequences = [(prompt, completion + (policy.end,)) for prompt, completion in zip(prompts, completions)]
+    sequences = [(prompt, (*completion, policy.end)) for prompt, completion in zip(prompts, completions)]
     tokens = TokenBatch.of(sequences, policy.pad, policy.device)
     parts: dict[str, list[Tensor]] = {name: [] for name in policy.adapter.modules}
     for start in range(0, len(tokens), micro_batch):
@@ -143,7 +143,8 @@ class DirectionSource(ABC):
         if not file.exists():
             self._store(file, self._fit(policy, pairs))
         with safe_open(file, "pt", device=str(policy.device)) as stored:
-            return Fit(Basis({name: stored.get_tensor(name) for name in stored.keys()}), json.loads(stored.metadata()["facts"]))
+            rows = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors handle is no dict
+            return Fit(Basis(rows), json.loads(stored.metadata()["facts"]))
 
     def _fit(self, policy: Policy, pairs: list[Pair]) -> Fit:
         order = random.Random(f"pairs/{self.seed}").sample(range(len(pairs)), len(pairs))

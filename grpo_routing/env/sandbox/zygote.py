@@ -37,20 +37,20 @@ CONFINED = b"confined\n"  # first line of the facts: everything after it is the 
 
 # Importable by a submission although no file can be opened: loaded before the first fork.
 PRELOADED = """
-abc array ast base64 binascii bisect calendar cmath collections collections.abc contextlib copy
-copyreg csv dataclasses datetime decimal difflib enum errno fractions functools gc hashlib heapq
-importlib inspect io itertools json keyword logging math numbers operator os os.path pathlib pickle
-pprint queue random re secrets shutil signal socket statistics string struct subprocess sys tempfile
-textwrap threading time timeit traceback types typing unicodedata unittest urllib.parse uuid warnings
-weakref zlib _strptime encodings.ascii encodings.latin_1 encodings.utf_16 encodings.idna
+    abc array ast base64 binascii bisect calendar cmath collections collections.abc contextlib copy copyreg
+    csv dataclasses datetime decimal difflib enum errno fractions functools gc hashlib heapq importlib inspect
+    io itertools json keyword logging math numbers operator os os.path pathlib pickle pprint queue random re
+    secrets shutil signal socket statistics string struct subprocess sys tempfile textwrap threading time
+    timeit traceback types typing unicodedata unittest urllib.parse uuid warnings weakref zlib _strptime
+    encodings.ascii encodings.latin_1 encodings.utf_16 encodings.idna
 """.split()
 
 # What the code of a submission finds in scope, as on the sites that such problems come from.
 PRELUDE_MODULES = """
-bisect collections copy datetime functools heapq itertools json math operator os random re string sys
-time typing
+    bisect collections copy datetime functools heapq itertools json math operator os random re string sys time
+    typing
 """.split()
-PRELUDE_NAMES = "bisect collections functools heapq itertools math typing".split()
+PRELUDE_NAMES = ["bisect", "collections", "functools", "heapq", "itertools", "math", "typing"]
 
 
 def load(name: str) -> types.ModuleType:
