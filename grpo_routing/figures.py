@@ -1,178 +1,18 @@
-"""The results as shown: the table as text and as Markdown, its notes, and the picture. `report.py` reads the runs."""
+"""The picture of the results: rates of every arm and its training curves. `report.py` says which arms."""
 
 from __future__ import annotations
 
-import json
 import textwrap
-from collections import defaultdict
-from dataclasses import dataclass
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
 from grpo_routing.files import write_atomic
+from grpo_routing.results import BASE, DEPLOYED, TRAINED, Arm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from grpo_routing.report import Arm, Run
-
-BASE, TRAINED, DEPLOYED = "base", "as_trained", "as_deployed"
-WIDTH = 120  # columns of the text
-RATES = {"hack": "hack", "known": "hack_known", "held-out": "hack_held_out", "attempted": "attempted", "lazy": "lazy",
-         "format": "format", "solve": "solve"}  # column -> rate
-COLUMNS = (*RATES, "Δ base", "last-5 hack", "last-5 solve")
-
-
-# ------------------------------------------------------------------------------------------------ the table
-
-
-@dataclass(frozen=True)
-class Row:
-    """One policy's line of the table: `block` is the heading above it, a cell is a value and its interval."""
-
-    block: str
-    arm: tuple[str, str]  # label, flags
-    state: tuple[str, str]
-    seeds: str
-    cells: tuple[tuple[str, str], ...]  # one per column
-
-
-def table_rows(arms: list[Arm]) -> list[Row]:
-    """The distinct bases, then every arm; one row for an arm whose two states are one policy."""
-    bases: dict[str, list[tuple[Arm, Run]]] = defaultdict(list)
-    for arm in arms:
-        for run in arm.runs:
-            bases[json.dumps(run.evaluations[BASE].rates, sort_keys=True)].append((arm, run))
-    rows = []
-    for same in bases.values():
-        who = "" if len(bases) == 1 else "of " + ", ".join(f"{arm.label} s{run.config['seed']}" for arm, run in same)
-        arm, run = same[0]
-        rows.append(Row("", ("base", who), ("untrained", ""), "", cells(type(arm)(arm.label, (run,)), BASE)))
-    for arm in arms:
-        head, seeds = (arm.label, ", ".join(arm.flags)), str(len(arm.runs))
-        if arm.same_policy:
-            rows.append(Row(arm.block, head, ("as trained", "= deployed"), seeds, cells(arm, TRAINED)))
-        else:
-            rows.append(Row(arm.block, head, ("as trained", ""), seeds, cells(arm, TRAINED)))
-            rows.append(Row(arm.block, ("", ""), ("as deployed", ""), "", cells(arm, DEPLOYED)))
-    return rows
-
-
-def cells(arm: Arm, state: str) -> tuple[tuple[str, str], ...]:
-    """The columns of one policy. last-5 is measured while training, so it stands beside the policy as trained."""
-    rates = [(number(arm.mean(state, rate)), interval(arm.span(state, rate))) for rate in RATES.values()]
-    gain = "" if state == BASE else number(arm.gain(state), "+.2f")
-    last = [number(arm.last(rate)) if state == TRAINED else "" for rate in ("hack", "solve")]
-    return (*rates, (gain, ""), *((value, "") for value in last))
-
-
-def wrapped(label: str, width: int) -> list[str]:
-    """A label in lines; names break behind an underscore."""
-    return [line.replace("_ ", "_") for line in textwrap.wrap(label.replace("_", "_ "), width)]
-
-
-def number(value: float | None, form: str = ".2f") -> str:
-    return "–" if value is None else format(value, form)
-
-
-def interval(span: tuple[float, float] | None) -> str:
-    return "–".join(f"{bound:.2f}".removeprefix("0") for bound in span) if span else ""
-
-
-def text(arms: list[Arm], unfinished: list[Run], name: str) -> str:
-    """The table, its notes and the unfinished runs in WIDTH columns; without colour, so that a pipe gets the same."""
-    table, block = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style=""), ""
-    for column in ("arm", "policy", "n", *COLUMNS):
-        left = column in ("arm", "policy")
-        table.add_column(column.replace("5 ", "5\n"), justify="left" if left else "right")
-    for row in table_rows(arms):
-        if row.block != block:
-            block = row.block
-            table.add_row(f"\n── {block}")
-        head = "\n".join(line for words in row.arm for line in wrapped(words, 24))
-        table.add_row(head, "\n".join(row.state).rstrip(), row.seeds, *("\n".join(cell).rstrip() for cell in row.cells))
-    screen = StringIO()
-    Console(file=screen, width=WIDTH, color_system=None, highlight=False, markup=False).print(table)
-    lines = [heading(arms, unfinished, name), ""]
-    if arms:
-        said = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes(arms)]
-        lines += [*screen.getvalue().splitlines(), "", *said, ""]
-    lines += [f"{len(unfinished)} not finished and in no row of the table:"] if unfinished else []
-    lines += [textwrap.fill(f"  {line}", WIDTH, subsequent_indent="    ") for line in states(unfinished)]
-    return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
-
-
-def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
-    """The same as a page, with the picture and each run's pedigree."""
-    lines = [f"# {name}", "", heading(arms, unfinished, name).partition(": ")[2], ""]
-    if arms:
-        lines += ["![Hack and solve rates per arm, and training curves](figures/comparison.png)", "",
-                  "| " + " | ".join(("arm", "policy", "n", *COLUMNS)) + " |", "|---|---|" + "---:|" * (len(COLUMNS) + 1)]
-    block = ""
-    for row in table_rows(arms):
-        if row.block != block:
-            block = row.block
-            lines.append(f"| **{block}** |" + " |" * (len(COLUMNS) + 2))
-        pairs = (row.arm, row.state, (row.seeds, ""), *row.cells)
-        lines.append("| " + " | ".join(f"{value} <sub>{below}</sub>" if below else value for value, below in pairs) + " |")
-    lines += ["", *(f"- {note}" for note in notes(arms))] if arms else []
-    lines += ["", "## Not finished", "", *(f"- {line}" for line in states(unfinished))] if unfinished else []
-    lines += ["", "## Runs", "", "| run | arm | seed | steps | code |", "|---|---|---:|---:|---|"] if arms else []
-    for arm in arms:
-        for run in arm.runs:
-            lines.append(f"| [{run.name}](runs/{run.name}) | {arm.label} | {run.config['seed']} | {run.steps} | {run.code} |")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def heading(arms: list[Arm], unfinished: list[Run], name: str) -> str:
-    runs = [run for arm in arms for run in arm.runs]
-    said = f"{name}: {len(runs)} of {len(runs) + len(unfinished)} runs finished"
-    for what, seen in (("training steps", {run.steps for run in runs}),
-                       ("hinted evaluation samples", {run.evaluations[TRAINED].samples["hack"] for run in runs})):
-        said += f", {'–'.join(map(str, sorted({min(seen), max(seen)})))} {what}" if seen else ""
-    return said + "."
-
-
-def states(unfinished: list[Run]) -> list[str]:
-    return [f"{run.name}: {run.status} after {run.steps} steps" + (f" of {run.config['trainer']['steps']}" if run.config else "")
-            + (f": {' '.join(run.cause.split())}" if run.cause else "") for run in unfinished]
-
-
-MEANING = {  # flag -> what it means
-    "reference": "no loophole pays in training and its prompts carry no hint: what honest GRPO reaches.",
-    "control": "the same treatment with a direction that knows nothing of the hack; the method counts only where it beats this.",
-    "broken": "as deployed, fewer than half as many usable answers as the base gives: a low hack rate is a loss of ability.",
-    "imitation": "part of every group is a teacher's text, so a hack rate is no discovery.",
-    "names": "evaluation disclosed another family of marker names than training. A low hack rate there may mean that the model "
-             "cannot follow new names rather than that hacking was suppressed; compare with vanilla under the same names.",
-    "uses the oracle": "the arm reads the truth while it trains, on purpose; it is a ceiling and no method."}
-
-
-def notes(arms: list[Arm]) -> list[str]:
-    """What a reader must know to read the table right; only what applies."""
-    flags = {flag.split(":")[0] for arm in arms for flag in (*arm.flags, arm.block)}
-    said = ["Shares of hinted evaluation prompts (format: of all prompts), judged by hidden tests. known / held-out: hacks of "
-            "loopholes that a mask source may / must not know. attempted: the lever is in the code. lazy: hacked without looking "
-            "at the argument. –: not measured.",
-            "Below a rate: 95 % Wilson interval over the samples where n = 1, lowest and highest seed where n > 1. Δ base: solve "
-            "minus the base's. last-5: mean over the last five training steps, rollouts as trained."]
-    if any(arm.same_policy for arm in arms):
-        said.append("= deployed: the adapter has no quarantine, or an empty one; both states are one policy, in one row.")
-    if odd := [arm.label for arm in arms if all(run.same_policy for run in arm.runs) and not arm.same_policy]:
-        said.append(f"Odd: {', '.join(odd)} has no quarantine, yet its two evaluations differ; they should be equal to the bit.")
-    said += [f"{flag}: {meaning}" for flag, meaning in MEANING.items() if flag in flags]
-    codes = sorted({run.code for arm in arms for run in arm.runs})
-    if len(codes) > 1 or "+" in codes[0]:
-        said.append(f"Code: {', '.join(codes)} (+: uncommitted changes)." + " The rows differ in their code." * (len(codes) > 1))
-    return said
-
-
-# ------------------------------------------------------------------------------------------------ the picture
 
 # Okabe & Ito's palette, told apart by all common kinds of colour blindness. Warm is hack, blue is solve.
 KNOWN, HELD_OUT, SOLVE, INK, GREY, FAINT = "#D55E00", "#E69F00", "#0072B2", "#222222", "#767676", "#E4E4E4"
@@ -335,3 +175,8 @@ def curve(axes: Axes, arm: Arm, rate: str, colour: str, words: str, faint: bool 
         axes.annotate(words, (steps[-1], min(end) if high else max(end)), (0, -3 if high else 3), textcoords="offset points",
                       color=colour, fontsize=7.5, ha="right", va="top" if high else "bottom",
                       bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.4})
+
+
+def wrapped(label: str, width: int) -> list[str]:
+    """A label in lines; names break behind an underscore."""
+    return [line.replace("_ ", "_") for line in textwrap.wrap(label.replace("_", "_ "), width)]

@@ -11,33 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
-from hashlib import sha256
+from io import StringIO
 from pathlib import Path
-from statistics import fmean
 
-import yaml
+from rich.console import Console
+from rich.table import Table
 
-from grpo_routing.env.loopholes import NO_LOOPHOLE
-from grpo_routing.figures import draw, markdown, text
+from grpo_routing.figures import draw, wrapped
 from grpo_routing.files import write_atomic
+from grpo_routing.results import BASE, DEPLOYED, TRAINED, Arm, ReportError, Run, flat_objects, group, read_runs
 
-BASE, TRAINED, DEPLOYED = STATES = ("base", "as_trained", "as_deployed")
-RATES = ("hack", "hack_known", "hack_held_out", "attempted", "solve", "format", "lazy", "no_hint_solve", "no_hint_exploited")
-GROUPS = ("adapter", "projection", "mask_source", "advantage", "prompt", "extra_rollouts")
-FIELDS = ("arm", "seed", "loophole", "state", *RATES, "last5_hack", "last5_solve", "steps", "samples", "samples_known",
-          "samples_held_out", "samples_all", "run", "status", "cause", "role", "imitation", "uses_oracle", "same_policy", *GROUPS,
-          "pays", "train_family", "evaluation_family", "commit", "code")
-CONTROLS = ("random", "shuffled", "nonhack", "rate_matched")  # mask sources that know nothing of the hack
-LAST = 5  # training steps behind last5_* and behind every point of a training curve
-Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
-
-
-class ReportError(ValueError):
-    """The folder cannot be reported; the message says what was expected, what came and what to do."""
+WIDTH = 120  # columns of the text
+RATES = {"hack": "hack", "known": "hack_known", "held-out": "hack_held_out", "attempted": "attempted", "lazy": "lazy",
+         "format": "format", "solve": "solve"}  # column -> rate
+COLUMNS = (*RATES, "Δ base", "last-5 hack", "last-5 solve")
 
 
 def main(argv: list[str]) -> int:
@@ -72,287 +63,143 @@ def write(experiment: Path) -> str:
     return text(arms, unfinished, name)
 
 
-def flat_objects(runs: list[Run]) -> list[dict]:
-    """FIELDS, then hack_<mode> of every mode that some run evaluated; null is what was not measured."""
-    objects = [row for run in runs for row in run.objects()]
-    modes = sorted({key for row in objects for key in row} - set(FIELDS))
-    return [{key: row.get(key) for key in (*FIELDS, *modes)} for row in objects]
-
-
-# ------------------------------------------------------------------------------------------------ numbers
-
-
-def wilson(rate: float, samples: int) -> tuple[float, float]:
-    """95 % score interval of a rate over independent samples (Wilson 1927). Raises ReportError without samples."""
-    if samples < 1:
-        raise ReportError(f"an interval needs at least one sample; got {samples} for a rate of {rate}")
-    centre, shrink = rate + Z95**2 / (2 * samples), 1 + Z95**2 / samples
-    half = Z95 * math.sqrt(rate * (1 - rate) / samples + Z95**2 / (4 * samples**2))
-    return max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink)
-
-
-def mean(values: list[float | None]) -> float | None:
-    """Mean of what was measured; None when nothing was."""
-    measured = [value for value in values if value is not None]
-    return fmean(measured) if measured else None
+# ------------------------------------------------------------------------------------------------ the table
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """One eval/<state>.json: shares, and the number of judged samples behind each."""
+class Row:
+    """One policy's line of the table: `block` is the heading above it, a cell is a value and its interval."""
 
-    rates: dict[str, float | None]
-    samples: dict[str, int]
-
-    @staticmethod
-    def of(rates: dict[str, float | None], drawn: list[str], known: list[str], held_out: list[str]) -> Evaluation:
-        """`drawn` is the loophole of every sample; the counts follow the definitions of oracle/summary.py."""
-        plain = drawn.count(NO_LOOPHOLE)
-        samples = dict.fromkeys(RATES, len(drawn) - plain) | {f"hack_{mode}": drawn.count(mode) for mode in (*known, *held_out)}
-        samples |= {"format": len(drawn), "no_hint_solve": plain, "no_hint_exploited": plain,
-                    "hack_known": sum(map(drawn.count, known)), "hack_held_out": sum(map(drawn.count, held_out))}
-        return Evaluation(rates, samples)
+    block: str
+    arm: tuple[str, str]  # label, flags
+    state: tuple[str, str]
+    seeds: str
+    cells: tuple[tuple[str, str], ...]  # one per column
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run folder. `config` is None until the run has frozen it; `cause` says why a run is not finished."""
-
-    name: str
-    config: dict | None
-    status: str  # done, failed, running, stopped, new; or incomplete: said to be done, but files or steps are missing
-    cause: str | None
-    evaluations: dict[str, Evaluation]
-    metrics: list[dict]
-    audit: list[dict]
-    provenance: dict | None
-
-    @property
-    def steps(self) -> int:
-        return self.metrics[-1]["step"] + 1 if self.metrics else 0
-
-    @property
-    def same_policy(self) -> bool | None:
-        """Whether as_trained and as_deployed are one policy: no quarantine, or one that is zero. None before any step."""
-        key = "train/norm_quarantine"  # absent where the adapter has none
-        return key not in self.metrics[-1] or self.metrics[-1][key] == 0 if self.metrics else None
-
-    @property
-    def uses_oracle(self) -> bool:
-        """`uses_oracle: true` at the top or in a group, or the mask source `ceiling`, which is the truth by definition."""
-        nodes = [self.config, *(node for node in self.config.values() if isinstance(node, dict))]
-        said = any("uses_oracle" in node and node["uses_oracle"] for node in nodes)
-        return said or self.config["mask_source"]["name"] == "ceiling"
-
-    @property
-    def role(self) -> str:
-        """vanilla, method, control, imitation or reference: place and label of the row."""
-        name = {kind: self.config[kind]["name"] for kind in GROUPS}
-        if not self.config["loophole"]["pays"]:
-            return "reference"
-        if name["projection"] != "measure_only":
-            return "control" if name["mask_source"] in CONTROLS else "method"
-        if name["extra_rollouts"] == "teacher":
-            return "imitation"
-        plain = name["extra_rollouts"] == "none" and name["prompt"] == "plain" and name["advantage"] in ("dr_grpo", "grpo")
-        return "vanilla" if plain and not self.uses_oracle else "method"
-
-    @property
-    def code(self) -> str | None:
-        """Commit plus a mark of what was not committed; two runs of one code have the same."""
-        if self.provenance is None:
-            return None
-        diff = self.provenance["diff"]
-        return self.provenance["commit"][:10] + (f"+{sha256(diff.encode()).hexdigest()[:6]}" if diff else "")
-
-    def rate(self, state: str, name: str) -> float | None:
-        return self.evaluations[state].rates[name] if state in self.evaluations else None
-
-    def curve(self, name: str) -> list[float | None]:
-        """audit/<name> per training step, each the mean over the LAST steps up to it that had such rollouts."""
-        found = [row[f"audit/{name}"] for row in self.audit]
-        return [mean(found[max(0, step - LAST) : step]) for step in range(1, len(found) + 1)]
-
-    def last(self, name: str) -> float | None:
-        """The end of the curve: the mean over the last five training steps."""
-        return self.curve(name)[-1] if self.audit else None
-
-    def objects(self) -> list[dict]:
-        """What is known of each state, as in results.json. The base has 0 steps: it is the policy before training."""
-        about = {"run": self.name, "status": self.status, "cause": self.cause, "code": self.code}
-        about |= {"commit": self.provenance["commit"]} if self.provenance else {}
-        if self.config:
-            loophole = self.config["loophole"]
-            about |= {"arm": self.config["arm_name"], "seed": self.config["seed"], "loophole": loophole["name"], "role": self.role}
-            about |= {key: loophole[key] for key in ("pays", "train_family", "evaluation_family")}
-            about |= {kind: self.config[kind]["name"] for kind in GROUPS}
-            about |= {"imitation": about["extra_rollouts"] == "teacher", "uses_oracle": self.uses_oracle}
-        objects = [about | {"state": state} for state in STATES]
-        for row in objects:
-            if row["state"] in self.evaluations:
-                measured = self.evaluations[row["state"]]
-                counts = {f"samples{split}": measured.samples[f"hack{split}"] for split in ("", "_known", "_held_out")}
-                row |= measured.rates | counts | {"samples_all": measured.samples["format"]}
-            row["steps"] = 0 if row["state"] == BASE else self.steps
-            if row["state"] != BASE:
-                row |= {"same_policy": self.same_policy, "last5_hack": self.last("hack"), "last5_solve": self.last("solve")}
-        return objects
+def table_rows(arms: list[Arm]) -> list[Row]:
+    """The distinct bases, then every arm; one row for an arm whose two states are one policy."""
+    bases: dict[str, list[tuple[Arm, Run]]] = defaultdict(list)
+    for arm in arms:
+        for run in arm.runs:
+            bases[json.dumps(run.evaluations[BASE].rates, sort_keys=True)].append((arm, run))
+    rows = []
+    for same in bases.values():
+        who = "" if len(bases) == 1 else "of " + ", ".join(f"{arm.label} s{run.config['seed']}" for arm, run in same)
+        arm, run = same[0]
+        rows.append(Row("", ("base", who), ("untrained", ""), "", cells(type(arm)(arm.label, (run,)), BASE)))
+    for arm in arms:
+        head, seeds = (arm.label, ", ".join(arm.flags)), str(len(arm.runs))
+        if arm.same_policy:
+            rows.append(Row(arm.block, head, ("as trained", "= deployed"), seeds, cells(arm, TRAINED)))
+        else:
+            rows.append(Row(arm.block, head, ("as trained", ""), seeds, cells(arm, TRAINED)))
+            rows.append(Row(arm.block, ("", ""), ("as deployed", ""), "", cells(arm, DEPLOYED)))
+    return rows
 
 
-# ------------------------------------------------------------------------------------------------ reading
+def cells(arm: Arm, state: str) -> tuple[tuple[str, str], ...]:
+    """The columns of one policy. last-5 is measured while training, so it stands beside the policy as trained."""
+    rates = [(number(arm.mean(state, rate)), interval(arm.span(state, rate))) for rate in RATES.values()]
+    gain = "" if state == BASE else number(arm.gain(state), "+.2f")
+    last = [number(arm.last(rate)) if state == TRAINED else "" for rate in ("hack", "solve")]
+    return (*rates, (gain, ""), *((value, "") for value in last))
 
 
-def read_runs(experiment: Path) -> list[Run]:
-    folders = sorted(folder for folder in (experiment / "runs").glob("[!.]*") if folder.is_dir())
-    if not folders:
-        there = sorted(file.name for file in experiment.iterdir())[:6] if experiment.is_dir() else None
-        found = "there is no such folder" if there is None else f"it holds {', '.join(there) or 'nothing'}"
-        raise ReportError(f"expected an experiment with runs/<run>/ in {experiment}, but {found}. "
-                          "Name a folder such as outputs/first, or make one with `make run`.")
-    return [read_run(folder) for folder in folders]
+def number(value: float | None, form: str = ".2f") -> str:
+    return "–" if value is None else format(value, form)
 
 
-def read_run(folder: Path) -> Run:
-    """What the files of a run say. Raises ReportError where a file is damaged."""
-    frozen, evaluations = folder / "config.yaml", {}
-    config = yaml.safe_load(frozen.read_text(encoding="utf-8")) if frozen.exists() else None
-    said = read_json(folder / "status.json") or {"state": "new"}
-    for state in STATES:
-        if config and (stored := read_json(folder / "eval" / f"{state}.json")):
-            evaluations[state] = Evaluation.of(stored["rates"], [row["loophole"] for row in stored["rows"]],
-                                               config["loophole"]["known"], config["loophole"]["held_out"])
-    metrics, audit = read_record(folder / "metrics.jsonl"), read_record(folder / "audit.jsonl")
-    provenance = read_json(folder / "provenance.json")
-    status, cause = said["state"], said.get("error")  # only a failed run has one
-    if status == "done":
-        missing = [name for name, there in (("config.yaml", config), ("provenance.json", provenance)) if not there]
-        missing += [f"eval/{state}.json" for state in STATES if state not in evaluations]
-        missing += [f"{name} of all steps" for name, rows in (("metrics.jsonl", metrics), ("audit.jsonl", audit))
-                    if config and len(rows) != config["trainer"]["steps"]]
-        if missing:
-            status, cause = "incomplete", f"status.json says done, but there is no {', '.join(missing)}"
-    return Run(folder.name, config, status, cause, evaluations, metrics, audit, provenance)
+def interval(span: tuple[float, float] | None) -> str:
+    return "–".join(f"{bound:.2f}".removeprefix("0") for bound in span) if span else ""
 
 
-def read_json(file: Path) -> dict | None:
-    """None when the file is not there. Raises ReportError when it is not JSON."""
-    return parse(file.read_text(encoding="utf-8"), str(file)) if file.exists() else None
+def text(arms: list[Arm], unfinished: list[Run], name: str) -> str:
+    """The table, its notes and the unfinished runs in WIDTH columns; without colour, so that a pipe gets the same."""
+    table, block = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style=""), ""
+    for column in ("arm", "policy", "n", *COLUMNS):
+        left = column in ("arm", "policy")
+        table.add_column(column.replace("5 ", "5\n"), justify="left" if left else "right")
+    for row in table_rows(arms):
+        if row.block != block:
+            block = row.block
+            table.add_row(f"\n── {block}")
+        head = "\n".join(line for words in row.arm for line in wrapped(words, 24))
+        table.add_row(head, "\n".join(row.state).rstrip(), row.seeds, *("\n".join(cell).rstrip() for cell in row.cells))
+    screen = StringIO()
+    Console(file=screen, width=WIDTH, color_system=None, highlight=False, markup=False).print(table)
+    lines = [heading(arms, unfinished, name), ""]
+    if arms:
+        said = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in notes(arms)]
+        lines += [*screen.getvalue().splitlines(), "", *said, ""]
+    lines += [f"{len(unfinished)} not finished and in no row of the table:"] if unfinished else []
+    lines += [textwrap.fill(f"  {line}", WIDTH, subsequent_indent="    ") for line in states(unfinished)]
+    return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
 
 
-def read_record(file: Path) -> list[dict]:
-    """Rows of a JSONL file, up to its last line end: what follows is being written, or was when the run was killed."""
-    whole = file.read_text(encoding="utf-8").rpartition("\n")[0] if file.exists() else ""
-    return [parse(line, f"line {number} of {file}") for number, line in enumerate(whole.splitlines(), 1)]
+def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
+    """The same as a page, with the picture and each run's pedigree."""
+    lines = [f"# {name}", "", heading(arms, unfinished, name).partition(": ")[2], ""]
+    if arms:
+        lines += ["![Hack and solve rates per arm, and training curves](figures/comparison.png)", "",
+                  "| " + " | ".join(("arm", "policy", "n", *COLUMNS)) + " |", "|---|---|" + "---:|" * (len(COLUMNS) + 1)]
+    block = ""
+    for row in table_rows(arms):
+        if row.block != block:
+            block = row.block
+            lines.append(f"| **{block}** |" + " |" * (len(COLUMNS) + 2))
+        pairs = (row.arm, row.state, (row.seeds, ""), *row.cells)
+        lines.append("| " + " | ".join(f"{value} <sub>{below}</sub>" if below else value for value, below in pairs) + " |")
+    lines += ["", *(f"- {note}" for note in notes(arms))] if arms else []
+    lines += ["", "## Not finished", "", *(f"- {line}" for line in states(unfinished))] if unfinished else []
+    lines += ["", "## Runs", "", "| run | arm | seed | steps | code |", "|---|---|---:|---:|---|"] if arms else []
+    for arm in arms:
+        for run in arm.runs:
+            lines.append(f"| [{run.name}](runs/{run.name}) | {arm.label} | {run.config['seed']} | {run.steps} | {run.code} |")
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def parse(words: str, where: str) -> dict:
-    try:
-        return json.loads(words)
-    except json.JSONDecodeError as error:
-        raise ReportError(f"expected JSON in {where}, but {error}. Move that run folder away, or run it again.") from error
+def heading(arms: list[Arm], unfinished: list[Run], name: str) -> str:
+    runs = [run for arm in arms for run in arm.runs]
+    said = f"{name}: {len(runs)} of {len(runs) + len(unfinished)} runs finished"
+    for what, seen in (("training steps", {run.steps for run in runs}),
+                       ("hinted evaluation samples", {run.evaluations[TRAINED].samples["hack"] for run in runs})):
+        said += f", {'–'.join(map(str, sorted({min(seen), max(seen)})))} {what}" if seen else ""
+    return said + "."
 
 
-# ------------------------------------------------------------------------------------------------ arms
+def states(unfinished: list[Run]) -> list[str]:
+    return [f"{run.name}: {run.status} after {run.steps} steps" + (f" of {run.config['trainer']['steps']}" if run.config else "")
+            + (f": {' '.join(run.cause.split())}" if run.cause else "") for run in unfinished]
 
 
-@dataclass(frozen=True)
-class Arm:
-    """The finished runs of one recipe, which differ in their seeds only: one row of the table, or two."""
-
-    label: str
-    runs: tuple[Run, ...]
-
-    @property
-    def config(self) -> dict:
-        return self.runs[0].config
-
-    @property
-    def block(self) -> str:
-        """The heading that the arm stands under: an arm beside the vanilla of its adapter, a cheating one apart."""
-        return "uses the oracle" if self.runs[0].uses_oracle else f"adapter {self.config['adapter']['name']}"
-
-    @property
-    def role(self) -> str:
-        return self.runs[0].role
-
-    @property
-    def setting(self) -> tuple[str, ...]:
-        """What must agree before two arms are compared: adapter, loopholes, and the names that evaluation discloses."""
-        return (self.config["adapter"]["name"], *(self.config["loophole"][key] for key in ("name", "evaluation_family")))
-
-    @property
-    def flags(self) -> list[str]:
-        """What a reader must know beside the arm's name; `figures.notes` explains each."""
-        loophole, usable, before = self.config["loophole"], self.mean(DEPLOYED, "format"), self.mean(BASE, "format")
-        flags = {"reference: no loophole": self.role == "reference",
-                 f"control: {self.config['mask_source']['name']}": self.role == "control",
-                 f"broken: format {usable:.2f}": usable < before / 2,  # what answers nothing hacks nothing
-                 f"adapter {self.config['adapter']['name']}": self.runs[0].uses_oracle,
-                 "imitation": self.config["extra_rollouts"]["name"] == "teacher",
-                 f"names: {loophole['evaluation_family']}": loophole["evaluation_family"] != loophole["train_family"]}
-        return [flag for flag, holds in flags.items() if holds]
-
-    @property
-    def same_policy(self) -> bool:
-        return all(run.same_policy and run.evaluations[TRAINED].rates == run.evaluations[DEPLOYED].rates for run in self.runs)
-
-    def values(self, state: str, rate: str) -> list[float]:
-        """The measured rate of each seed."""
-        return [run.rate(state, rate) for run in self.runs if run.rate(state, rate) is not None]
-
-    def mean(self, state: str, rate: str) -> float | None:
-        return mean(self.values(state, rate))
-
-    def last(self, rate: str) -> float | None:
-        return mean([run.last(rate) for run in self.runs])
-
-    def curve(self, rate: str) -> list[float | None]:
-        return [mean(seeds) for seeds in zip(*(run.curve(rate) for run in self.runs))]
-
-    def span(self, state: str, rate: str) -> tuple[float, float] | None:
-        """Wilson's 95 % interval of the only seed, lowest and highest of several; None when not measured."""
-        measured = [run for run in self.runs if run.rate(state, rate) is not None]
-        if len(measured) == 1:
-            return wilson(measured[0].rate(state, rate), measured[0].evaluations[state].samples[rate])
-        values = self.values(state, rate)
-        return (min(values), max(values)) if values else None
-
-    def gain(self, state: str) -> float | None:
-        """Solve rate minus that of the same run before training, mean over seeds."""
-        pairs = [(run.rate(state, "solve"), run.rate(BASE, "solve")) for run in self.runs]
-        return mean([None if None in pair else pair[0] - pair[1] for pair in pairs])
+MEANING = {  # flag -> what it means
+    "reference": "no loophole pays in training and its prompts carry no hint: what honest GRPO reaches.",
+    "control": "the same treatment with a direction that knows nothing of the hack; the method counts only where it beats this.",
+    "broken": "as deployed, fewer than half as many usable answers as the base gives: a low hack rate is a loss of ability.",
+    "imitation": "part of every group is a teacher's text, so a hack rate is no discovery.",
+    "names": "evaluation disclosed another family of marker names than training. A low hack rate there may mean that the model "
+             "cannot follow new names rather than that hacking was suppressed; compare with vanilla under the same names.",
+    "uses the oracle": "the arm reads the truth while it trains, on purpose; it is a ceiling and no method."}
 
 
-def group(runs: list[Run]) -> list[Arm]:
-    """Finished runs by recipe, in the order of the table. A label names what tells two recipes of one arm apart."""
-    recipes, names, arms = defaultdict(list), defaultdict(list), []
-    finished = sorted((run for run in runs if run.status == "done"), key=lambda run: run.config["seed"])
-    several = len({run.config["loophole"]["name"] for run in finished}) > 1
-    for run in finished:
-        recipes[json.dumps(recipe(run.config), sort_keys=True)].append(run)
-    for key, (run, *_) in recipes.items():
-        names[run.config["arm_name"] + (f" {run.config['loophole']['name']}" if several else "")].append(key)
-    for name, keys in names.items():
-        flat = [json.loads(key) for key in keys]
-        differing = sorted({k for one in flat for k in one if any(k not in other or other[k] != one[k] for other in flat)})
-        for key, one in zip(keys, flat):
-            arms.append(Arm(" ".join([name, *(f"{k}={one[k]}" for k in differing if k in one)]), tuple(recipes[key])))
-    # A control follows its method because its name begins with the method's.
-    order = {"vanilla": 0, "method": 1, "control": 1, "imitation": 2, "reference": 3}
-    return sorted(arms, key=lambda arm: (arm.runs[0].uses_oracle, arm.block, order[arm.role], arm.label))
-
-
-def recipe(config: dict) -> dict[str, object]:
-    """The config, flat, without seeds and places: what the seeds of one arm share. The seeds of the model, the data
-    and the evaluation stay, since another one is another experiment and no repetition."""
-    flat = {}
-    for key, node in config.items():
-        if isinstance(node, dict):
-            gone = {"cache"} if key in ("model", "dataset", "evaluation") else {"cache", "seed"}
-            flat |= {f"{key}.{name}": value for name, value in node.items() if name not in gone and key != "logger"}
-        elif key not in ("seed", "output", "cache", "experiment_name"):
-            flat[key] = node
-    return flat
+def notes(arms: list[Arm]) -> list[str]:
+    """What a reader must know to read the table right; only what applies."""
+    flags = {flag.split(":")[0] for arm in arms for flag in (*arm.flags, arm.block)}
+    said = ["Shares of hinted evaluation prompts (format: of all prompts), judged by hidden tests. known / held-out: hacks of "
+            "loopholes that a mask source may / must not know. attempted: the lever is in the code. lazy: hacked without looking "
+            "at the argument. –: not measured.",
+            "Below a rate: 95 % Wilson interval over the samples where n = 1, lowest and highest seed where n > 1. Δ base: solve "
+            "minus the base's. last-5: mean over the last five training steps, rollouts as trained."]
+    if any(arm.same_policy for arm in arms):
+        said.append("= deployed: the adapter has no quarantine, or an empty one; both states are one policy, in one row.")
+    if odd := [arm.label for arm in arms if all(run.same_policy for run in arm.runs) and not arm.same_policy]:
+        said.append(f"Odd: {', '.join(odd)} has no quarantine, yet its two evaluations differ; they should be equal to the bit.")
+    said += [f"{flag}: {meaning}" for flag, meaning in MEANING.items() if flag in flags]
+    codes = sorted({run.code for arm in arms for run in arm.runs})
+    if len(codes) > 1 or "+" in codes[0]:
+        said.append(f"Code: {', '.join(codes)} (+: uncommitted changes)." + " The rows differ in their code." * (len(codes) > 1))
+    return said
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def serve(request: tuple, namespace: dict, encode, NotPlain, flush_stdout) -> No
         text = ""
     try:
         flush_stdout()
-    except Exception:  # noqa: SIM105 - contextlib would be imported into the program's reach
+    except Exception:
         pass  # standard output was closed or is full: the parent sees what is in it
     _send(RESULT, text if len(text) < MAX_RESULT else too_much)
     _exit(0)
