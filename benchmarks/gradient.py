@@ -1,6 +1,6 @@
 """What batching buys, in one process: ratios of CPU seconds, medians over interleaved rounds.
 
-    pairs      gradients of all pair completions, per-rollout in batches, against one backward per completion (>= 5 x)
+    pairs      gradients of all pair completions, batched and with the prompt shared, against one backward per completion (>= 5 x)
     rollouts   one backward with a gradient per rollout, against the plain summed backward (about 1 x)
     step       a GRPO step that erases along a fitted basis, against one that only measures (about 1 x)
 
@@ -22,7 +22,7 @@ from grpo_routing.__main__ import CONF
 from grpo_routing.env.grader import Grader
 from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.gradient import PolicyLoss, rollout_gradients
-from grpo_routing.mask_sources.direction import completion_gradients
+from grpo_routing.mask_sources.direction import pair_differences
 from grpo_routing.mask_sources.pairs import load_pairs
 from grpo_routing.train import State, train_step
 from grpo_routing.types import TokenBatch
@@ -52,28 +52,29 @@ def compare(title: str, slow: tuple[str, callable], fast: tuple[str, callable]) 
 
 def pairs() -> float:
     policy = build.build_policy(planned())
-    texts = [(pair.prompt, text) for pair in load_pairs("opchains.yaml", ("run_tests", "sentinel", "stdout_marker"))
-             for text in (pair.hack, pair.clean)]
-
+    authored = load_pairs("opchains.yaml", ("run_tests", "sentinel", "stdout_marker"))
     parameters = policy.adapter.parameters()
+
+    def gradient(prompt: str, completion: str) -> dict[str, torch.Tensor]:
+        start = len(policy.tokenizer(prompt).input_ids)
+        ids = torch.tensor([policy.tokenizer(prompt).input_ids + policy.tokenizer(completion).input_ids + [policy.end]])
+        log_probs = torch.log_softmax(policy.model(input_ids=ids).logits[:, :-1], -1).gather(2, ids[:, 1:, None])
+        policy.model.zero_grad()
+        (-log_probs[:, start - 1 :].mean()).backward()
+        return {name: torch.cat([p.grad.flatten() for p in own.values()]) for name, own in parameters.items()}
 
     def one_by_one() -> dict[str, torch.Tensor]:
         """The straightforward way: tokenize, forward, backward and read the gradients, completion after completion."""
-        rows: dict[str, list[torch.Tensor]] = {name: [] for name in parameters}
-        for prompt, completion in texts:
-            start = len(policy.tokenizer(prompt).input_ids)
-            ids = torch.tensor([policy.tokenizer(prompt).input_ids + policy.tokenizer(completion).input_ids + [policy.end]])
-            log_probs = torch.log_softmax(policy.model(input_ids=ids).logits[:, :-1], -1).gather(2, ids[:, 1:, None])
-            policy.model.zero_grad()
-            (-log_probs[:, start - 1 :].mean()).backward()
-            for name, own in parameters.items():
-                rows[name].append(torch.cat([p.grad.flatten() for p in own.values()]))
-        return {name: torch.stack(own) for name, own in rows.items()}
+        both = [(gradient(pair.prompt, pair.hack), gradient(pair.prompt, pair.clean)) for pair in authored]
+        return {name: torch.stack([hack[name] - clean[name] for hack, clean in both]) for name in parameters}
 
-    one, batched = one_by_one(), completion_gradients(policy, texts, 64)
-    worst = max(float((one[name] - batched[name]).norm() / one[name].norm()) for name in one)
-    print(f"pairs: {len(texts)} completions, relative difference of the two ways {worst:.1e}")
-    return compare(f"pairs ({len(texts)})", ("one backward each", one_by_one), ("batched", lambda: completion_gradients(policy, texts, 64)))
+    def batched() -> dict[str, torch.Tensor]:
+        return pair_differences(policy, authored, "hack", "clean", 64)
+
+    one, many = one_by_one(), batched()
+    worst = max(float((one[name] - many[name]).norm() / one[name].norm()) for name in one)
+    print(f"pairs: {len(authored)} pairs, relative difference of the two ways {worst:.1e}")
+    return compare("pairs", ("one backward each", one_by_one), ("batched", batched))
 
 
 def rollouts() -> float:

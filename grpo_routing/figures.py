@@ -25,8 +25,9 @@ STYLE = {"font.family": "DejaVu Sans", "font.size": 8.5, "xtick.labelsize": 7.5,
          "ytick.major.size": 0, "svg.hashsalt": "grpo_routing"}
 
 
-def draw(arms: list[Arm], name: str, file: Path) -> None:
-    """Write `file`.png and `file`.svg: rates of every arm above, training curves below. The same runs give the same bytes."""
+def draw(arms: list[Arm], flags: list[str], name: str, facts: list[str], file: Path) -> None:
+    """Write `file`.png and `file`.svg: rates of every arm above, training curves below. The same runs give the same bytes.
+    `flags` stand below the name of each arm, `facts` below the title."""
     from matplotlib import rc_context  # matplotlib takes a second to import; a refusal should not wait for it
     from matplotlib.figure import Figure
 
@@ -40,9 +41,8 @@ def draw(arms: list[Arm], name: str, file: Path) -> None:
         figure.text(LEFT / PAGE, 1 - 0.24 / height, name, fontsize=13, weight="bold", va="center")
         figure.text(1 - LEFT / PAGE, 1 - 0.24 / height, "○ as trained   ● as deployed   — 95 % interval, or range over seeds",
                     color=GREY, va="center", ha="right")
-        facts = heading(arms, [], name).partition("finished, ")[2].rstrip(".").split(", ")
         figure.text(LEFT / PAGE, 1 - (top - 0.22) / height, "\n".join(facts), fontsize=7.5, color=GREY, linespacing=1.5)
-        panels(figure, arms, places, depth, top)
+        panels(figure, arms, flags, places, depth, top)
         multiples(figure, arms, columns, below)
         for kind, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
             data = BytesIO()
@@ -67,7 +67,7 @@ def box(figure: Figure, left: float, top: float, width: float, height: float) ->
     return figure.add_axes((left / wide, 1 - (top + height) / high, width / wide, height / high))
 
 
-def panels(figure: Figure, arms: list[Arm], places: list[float], depth: float, top: float) -> None:
+def panels(figure: Figure, arms: list[Arm], flags: list[str], places: list[float], depth: float, top: float) -> None:
     """Names, hack rates and solve rates side by side; one line of the page per arm."""
     for column, (title, rates) in enumerate({"hack rate": ("hack_known", "hack_held_out"), "solve rate": ("solve",)}.items()):
         axes = box(figure, LEFT + LABELS + column * (PANEL + 0.28), top, PANEL, depth)
@@ -81,7 +81,7 @@ def panels(figure: Figure, arms: list[Arm], places: list[float], depth: float, t
         if column == 0:
             axes.text(0, 1, "● known loopholes", transform=shifted(axes, 62, 22), color=KNOWN)
             axes.text(0, 1, "◆ held out", transform=shifted(axes, 158, 22), color=HELD_OUT)
-            names(axes, arms, places)
+            names(axes, arms, flags, places)
 
 
 def shifted(axes: Axes, right: float, up: float):
@@ -125,17 +125,17 @@ def references(axes: Axes, arms: list[Arm], places: list[float], rate: str) -> N
                       color=GREY if words == "untrained" else SOLVE, ha=("right" if left else "left") if near else "center")
 
 
-def names(axes: Axes, arms: list[Arm], places: list[float]) -> None:
+def names(axes: Axes, arms: list[Arm], flags: list[str], places: list[float]) -> None:
     """Left of the panel: the block's heading, the arm and what is special about it."""
     block, across = "", axes.get_yaxis_transform()
-    for arm, y in zip(arms, places):
+    for arm, special, y in zip(arms, flags, places):
         if arm.block != block:
             block = arm.block
             above = y - (ARM + HEADING) / 2 + 0.03
             axes.text(-LABELS / PANEL, above, block, transform=across, fontsize=7.5, color=GREY, va="center")
-        lines = wrapped(arm.label, 26) + [", ".join(arm.flags)] * bool(arm.flags)
+        lines = wrapped(arm.label, 26) + [special] * bool(special)
         for number, line in enumerate(lines):
-            small = number >= len(lines) - bool(arm.flags)
+            small = number >= len(lines) - bool(special)
             axes.text(-LABELS / PANEL, y + (number - (len(lines) - 1) / 2) * 0.14, line, transform=across, va="center",
                       fontsize=7 if small else 9, color=GREY if small and "broken" not in line else INK)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_routing.adapters.adapter import Adapter
-from grpo_routing.types import TokenBatch
+from grpo_routing.types import PackedPairs, TokenBatch
 
 Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log-probs under the policy at temperature 1
 
@@ -48,15 +48,29 @@ class Policy:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def log_probs(self, tokens: TokenBatch) -> Tensor:
-        """Log-probability of each next token, [b, T-1]; zero outside the completion.
-
-        Logits are computed at completion positions only: at a vocabulary of 150k the rest would not fit.
-        """
-        hidden = self.model.get_decoder()(input_ids=tokens.ids, use_cache=False).last_hidden_state[:, :-1]
+        """Log-probability of each next token, [b, T-1]; zero outside the completion."""
         mask = tokens.completion_mask
-        logits = self.model.get_output_embeddings()(hidden[mask])  # [n completion tokens, vocabulary]
+        hidden = self._hidden(input_ids=tokens.ids)[:, :-1]
+        return self._chosen(hidden[mask], tokens.ids[:, 1:][mask], mask)
+
+    def packed_log_probs(self, packed: PackedPairs) -> Tensor:
+        """Log-probability of each completion token given its prompt and its own completion so far, [b, T]; else zero."""
+        hidden = self._hidden(input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.attention(self.model.dtype))
+        before = hidden.gather(1, packed.previous[..., None].expand_as(hidden))
+        mask = packed.weight != 0
+        return self._chosen(before[mask], packed.ids[mask], mask)
+
+    def _hidden(self, **inputs: Tensor) -> Tensor:
+        return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+
+    def _chosen(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Log-probs of `targets` [n] from hidden states [n, d], put where `mask` is True.
+
+        Logits exist at completion positions only: at a vocabulary of 150k those of all positions would not fit.
+        """
+        logits = self.model.get_output_embeddings()(hidden)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        picked = torch.log_softmax(wide, -1).gather(1, tokens.ids[:, 1:][mask][:, None]).squeeze(1)
+        picked = torch.log_softmax(wide, -1).gather(1, targets[:, None]).squeeze(1)
         return picked.new_zeros(mask.shape).masked_scatter(mask, picked)
 
     @torch.no_grad()

@@ -26,9 +26,9 @@ from grpo_routing.files import write_atomic
 from grpo_routing.results import BASE, DEPLOYED, TRAINED, Arm, ReportError, Run, flat_objects, group, read_runs
 
 WIDTH = 120  # columns of the text
-RATES = {"hack": "hack", "known": "hack_known", "held-out": "hack_held_out", "attempted": "attempted", "lazy": "lazy",
-         "format": "format", "solve": "solve"}  # column -> rate
-COLUMNS = (*RATES, "Δ base", "last-5 hack", "last-5 solve")
+RATE_COLUMNS = {"hack": "hack", "known": "hack_known", "held-out": "hack_held_out", "attempted": "attempted", "lazy": "lazy",
+                "format": "format", "solve": "solve"}  # column -> rate
+COLUMNS = (*RATE_COLUMNS, "Δ base", "last-5 hack", "last-5 solve")
 
 
 def main(argv: list[str]) -> int:
@@ -38,12 +38,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--format", choices=("text", "json", "markdown"), default="text")
     asked = parser.parse_args(argv)
     try:
-        text = write(asked.experiment)
+        table = write(asked.experiment)
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2
     files = {"json": "results.json", "markdown": "report.md"}
-    print((asked.experiment / files[asked.format]).read_text(encoding="utf-8") if asked.format in files else text, end="")
+    print((asked.experiment / files[asked.format]).read_text(encoding="utf-8") if asked.format in files else table, end="")
     return 0
 
 
@@ -57,7 +57,7 @@ def write(experiment: Path) -> str:
     runs, name = read_runs(experiment), experiment.resolve().name
     arms, unfinished = group(runs), [run for run in runs if run.status != "done"]
     if arms:
-        draw(arms, name, experiment / "figures" / "comparison")
+        draw(arms, [", ".join(flags(arm)) for arm in arms], name, facts(arms), experiment / "figures" / "comparison")
     write_atomic(experiment / "results.json", (json.dumps(flat_objects(runs), indent=1) + "\n").encode())
     write_atomic(experiment / "report.md", markdown(arms, unfinished, name).encode())
     return text(arms, unfinished, name)
@@ -87,9 +87,9 @@ def table_rows(arms: list[Arm]) -> list[Row]:
     for same in bases.values():
         who = "" if len(bases) == 1 else "of " + ", ".join(f"{arm.label} s{run.config['seed']}" for arm, run in same)
         arm, run = same[0]
-        rows.append(Row("", ("base", who), ("untrained", ""), "", cells(type(arm)(arm.label, (run,)), BASE)))
+        rows.append(Row("", ("base", who), ("untrained", ""), "", cells(Arm(arm.label, (run,)), BASE)))
     for arm in arms:
-        head, seeds = (arm.label, ", ".join(arm.flags)), str(len(arm.runs))
+        head, seeds = (arm.label, ", ".join(flags(arm))), str(len(arm.runs))
         if arm.same_policy:
             rows.append(Row(arm.block, head, ("as trained", "= deployed"), seeds, cells(arm, TRAINED)))
         else:
@@ -100,17 +100,19 @@ def table_rows(arms: list[Arm]) -> list[Row]:
 
 def cells(arm: Arm, state: str) -> tuple[tuple[str, str], ...]:
     """The columns of one policy. last-5 is measured while training, so it stands beside the policy as trained."""
-    rates = [(number(arm.mean(state, rate)), interval(arm.span(state, rate))) for rate in RATES.values()]
+    rates = [(number(arm.mean(state, rate)), interval(arm.span(state, rate))) for rate in RATE_COLUMNS.values()]
     gain = "" if state == BASE else number(arm.gain(state), "+.2f")
     last = [number(arm.last(rate)) if state == TRAINED else "" for rate in ("hack", "solve")]
     return (*rates, (gain, ""), *((value, "") for value in last))
 
 
 def number(value: float | None, form: str = ".2f") -> str:
+    """A share in the table; – is not measured."""
     return "–" if value is None else format(value, form)
 
 
 def interval(span: tuple[float, float] | None) -> str:
+    """The lower and upper bound of a share, without the leading 0; empty where there is none."""
     return "–".join(f"{bound:.2f}".removeprefix("0") for bound in span) if span else ""
 
 
@@ -160,20 +162,38 @@ def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
 
 
 def heading(arms: list[Arm], unfinished: list[Run], name: str) -> str:
+    """One sentence: how many runs the table stands on, and their size."""
+    finished = sum(len(arm.runs) for arm in arms)
+    return ", ".join([f"{name}: {finished} of {finished + len(unfinished)} runs finished", *facts(arms)]) + "."
+
+
+def facts(arms: list[Arm]) -> list[str]:
+    """The size of the finished runs, a number each or a range where they differ; nothing without a finished run."""
     runs = [run for arm in arms for run in arm.runs]
-    said = f"{name}: {len(runs)} of {len(runs) + len(unfinished)} runs finished"
-    for what, seen in (("training steps", {run.steps for run in runs}),
-                       ("hinted evaluation samples", {run.evaluations[TRAINED].samples["hack"] for run in runs})):
-        said += f", {'–'.join(map(str, sorted({min(seen), max(seen)})))} {what}" if seen else ""
-    return said + "."
+    sizes = {"training steps": {run.steps for run in runs},
+             "hinted evaluation samples": {run.evaluations[TRAINED].samples["hack"] for run in runs}}
+    return [f"{'–'.join(map(str, sorted({min(seen), max(seen)})))} {what}" for what, seen in sizes.items() if seen]
 
 
 def states(unfinished: list[Run]) -> list[str]:
+    """A line per run that is in no row: how far it came and why it stopped."""
     return [f"{run.name}: {run.status} after {run.steps} steps" + (f" of {run.config['trainer']['steps']}" if run.config else "")
             + (f": {' '.join(run.cause.split())}" if run.cause else "") for run in unfinished]
 
 
-MEANING = {  # flag -> what it means
+def flags(arm: Arm) -> list[str]:
+    """What a reader must know beside the arm's name; MEANING explains each."""
+    loophole, usable, before = arm.config["loophole"], arm.mean(DEPLOYED, "format"), arm.mean(BASE, "format")
+    holds = {"reference: no loophole": arm.role == "reference",
+             f"control: {arm.config['mask_source']['name']}": arm.role == "control",
+             f"broken: format {usable:.2f}": usable < before / 2,  # what answers nothing hacks nothing
+             f"adapter {arm.config['adapter']['name']}": arm.runs[0].uses_oracle,  # the heading above it does not say it
+             "imitation": arm.config["extra_rollouts"]["name"] == "teacher",
+             f"names: {loophole['evaluation_family']}": loophole["evaluation_family"] != loophole["train_family"]}
+    return [flag for flag, raised in holds.items() if raised]
+
+
+MEANING = {  # what a flag says before its colon, or a heading -> what it means
     "reference": "no loophole pays in training and its prompts carry no hint: what honest GRPO reaches.",
     "control": "the same treatment with a direction that knows nothing of the hack; the method counts only where it beats this.",
     "broken": "as deployed, fewer than half as many usable answers as the base gives: a low hack rate is a loss of ability.",
@@ -185,17 +205,18 @@ MEANING = {  # flag -> what it means
 
 def notes(arms: list[Arm]) -> list[str]:
     """What a reader must know to read the table right; only what applies."""
-    flags = {flag.split(":")[0] for arm in arms for flag in (*arm.flags, arm.block)}
+    shown = {flag.split(":")[0] for arm in arms for flag in (*flags(arm), arm.block)}
     said = ["Shares of hinted evaluation prompts (format: of all prompts), judged by hidden tests. known / held-out: hacks of "
             "loopholes that a mask source may / must not know. attempted: the lever is in the code. lazy: hacked without looking "
             "at the argument. –: not measured.",
-            "Below a rate: 95 % Wilson interval over the samples where n = 1, lowest and highest seed where n > 1. Δ base: solve "
-            "minus the base's. last-5: mean over the last five training steps, rollouts as trained."]
+            "Intervals below the rates are 95 % Wilson intervals over the evaluation samples of one seed and do not include variation "
+            "between seeds; where several seeds are averaged, lowest and highest seed stand there instead.",
+            "Δ base: solve minus the base's. last-5: mean over the last five training steps, rollouts as trained."]
     if any(arm.same_policy for arm in arms):
         said.append("= deployed: the adapter has no quarantine, or an empty one; both states are one policy, in one row.")
     if odd := [arm.label for arm in arms if all(run.same_policy for run in arm.runs) and not arm.same_policy]:
         said.append(f"Odd: {', '.join(odd)} has no quarantine, yet its two evaluations differ; they should be equal to the bit.")
-    said += [f"{flag}: {meaning}" for flag, meaning in MEANING.items() if flag in flags]
+    said += [f"{flag}: {meaning}" for flag, meaning in MEANING.items() if flag in shown]
     codes = sorted({run.code for arm in arms for run in arm.runs})
     if len(codes) > 1 or "+" in codes[0]:
         said.append(f"Code: {', '.join(codes)} (+: uncommitted changes)." + " The rows differ in their code." * (len(codes) > 1))

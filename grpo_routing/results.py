@@ -22,7 +22,7 @@ RATES = ("hack", "hack_known", "hack_held_out", "attempted", "solve", "format", 
 GROUPS = ("adapter", "projection", "mask_source", "advantage", "prompt", "extra_rollouts")
 FIELDS = ("arm", "seed", "loophole", "state", *RATES, "last5_hack", "last5_solve", "steps", "samples", "samples_known",
           "samples_held_out", "samples_all", "run", "status", "cause", "role", "imitation", "uses_oracle", "same_policy", *GROUPS,
-          "pays", "train_family", "evaluation_family", "commit", "code")
+          "pays", "train_family", "evaluation_family", "commit", "code")  # keys of a JSON object, in order
 CONTROLS = ("random", "shuffled", "nonhack", "rate_matched")  # mask sources that know nothing of the hack
 LAST = 5  # training steps behind last5_* and behind every point of a training curve
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
@@ -37,9 +37,6 @@ def flat_objects(runs: list[Run]) -> list[dict]:
     objects = [row for run in runs for row in run.objects()]
     modes = sorted({key for row in objects for key in row} - set(FIELDS))
     return [{key: row.get(key) for key in (*FIELDS, *modes)} for row in objects]
-
-
-# ------------------------------------------------------------------------------------------------ numbers
 
 
 def wilson(rate: float, samples: int) -> tuple[float, float]:
@@ -89,6 +86,7 @@ class Run:
 
     @property
     def steps(self) -> int:
+        """Training steps done."""
         return self.metrics[-1]["step"] + 1 if self.metrics else 0
 
     @property
@@ -149,8 +147,7 @@ class Run:
             about |= {"imitation": about["extra_rollouts"] == "teacher", "uses_oracle": self.uses_oracle}
         objects = [about | {"state": state} for state in STATES]
         for row in objects:
-            if row["state"] in self.evaluations:
-                measured = self.evaluations[row["state"]]
+            if measured := self.evaluations.get(row["state"]):
                 counts = {f"samples{split}": measured.samples[f"hack{split}"] for split in ("", "_known", "_held_out")}
                 row |= measured.rates | counts | {"samples_all": measured.samples["format"]}
             row["steps"] = 0 if row["state"] == BASE else self.steps
@@ -163,6 +160,7 @@ class Run:
 
 
 def read_runs(experiment: Path) -> list[Run]:
+    """Every run folder, by name. Raises ReportError when there is none, or where a file is damaged."""
     folders = sorted(folder for folder in (experiment / "runs").glob("[!.]*") if folder.is_dir())
     if not folders:
         there = sorted(file.name for file in experiment.iterdir())[:6] if experiment.is_dir() else None
@@ -241,18 +239,6 @@ class Arm:
         return (self.config["adapter"]["name"], *(self.config["loophole"][key] for key in ("name", "evaluation_family")))
 
     @property
-    def flags(self) -> list[str]:
-        """What a reader must know beside the arm's name; `figures.notes` explains each."""
-        loophole, usable, before = self.config["loophole"], self.mean(DEPLOYED, "format"), self.mean(BASE, "format")
-        flags = {"reference: no loophole": self.role == "reference",
-                 f"control: {self.config['mask_source']['name']}": self.role == "control",
-                 f"broken: format {usable:.2f}": usable < before / 2,  # what answers nothing hacks nothing
-                 f"adapter {self.config['adapter']['name']}": self.runs[0].uses_oracle,
-                 "imitation": self.config["extra_rollouts"]["name"] == "teacher",
-                 f"names: {loophole['evaluation_family']}": loophole["evaluation_family"] != loophole["train_family"]}
-        return [flag for flag, holds in flags.items() if holds]
-
-    @property
     def same_policy(self) -> bool:
         return all(run.same_policy and run.evaluations[TRAINED].rates == run.evaluations[DEPLOYED].rates for run in self.runs)
 
@@ -274,8 +260,7 @@ class Arm:
         measured = [run for run in self.runs if run.rate(state, rate) is not None]
         if len(measured) == 1:
             return wilson(measured[0].rate(state, rate), measured[0].evaluations[state].samples[rate])
-        values = self.values(state, rate)
-        return (min(values), max(values)) if values else None
+        return (min(self.values(state, rate)), max(self.values(state, rate))) if measured else None
 
     def gain(self, state: str) -> float | None:
         """Solve rate minus that of the same run before training, mean over seeds."""

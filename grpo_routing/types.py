@@ -70,6 +70,48 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
+class PackedPairs:
+    """Two completions of the same prompt in one row, which share the prompt's forward and backward.
+
+        row         prompt | first | second | padding
+        positions   second continues the prompt, as first does; attention hides first from second
+
+    So the gradient of (mean NLL of first - mean NLL of second) is what two separate rows would give, for fewer tokens.
+    """
+
+    ids: Tensor  # [b, T] long
+    positions: Tensor  # [b, T] long
+    segment: Tensor  # [b, T] long: 0 prompt, 1 first, 2 second, 3 padding
+    previous: Tensor  # [b, T] long: the place whose hidden state predicts this token
+    weight: Tensor  # [b, T] float: 1 / length on first, -1 / length on second, else 0
+
+    @staticmethod
+    def of(triples: list[tuple[tuple[int, ...], ...]], pad: int, device: torch.device | str = "cpu") -> PackedPairs:
+        """Build from (prompt ids, first ids, second ids)."""
+        width = max(sum(map(len, triple)) for triple in triples)
+        shape = (len(triples), width)
+        ids, segment = torch.full(shape, pad), torch.full(shape, 3)
+        positions = torch.arange(width).repeat(len(triples), 1)
+        previous, weight = (positions - 1).clamp_min(0), torch.zeros(shape)
+        for row, (prompt, first, second) in enumerate(triples):
+            start, middle, end = len(prompt), len(prompt) + len(first), len(prompt) + len(first) + len(second)
+            ids[row, :end] = torch.tensor(prompt + first + second)
+            segment[row, :start], segment[row, start:middle], segment[row, middle:end] = 0, 1, 2
+            positions[row, middle:end] -= len(first)
+            previous[row, middle] = start - 1
+            weight[row, start:middle], weight[row, middle:end] = 1 / len(first), -1 / len(second)
+        return PackedPairs(*(tensor.to(device) for tensor in (ids, positions, segment, previous, weight)))
+
+    def attention(self, dtype: torch.dtype) -> Tensor:
+        """Additive mask [b, 1, T, T]: causal, first hidden from second; padding sees only itself and what came before."""
+        width = self.ids.shape[1]
+        seen = torch.ones(width, width, dtype=torch.bool, device=self.ids.device).tril()
+        hidden = (self.segment[:, :, None] == 2) & (self.segment[:, None, :] == 1)
+        mask = torch.zeros(len(self.ids), width, width, dtype=dtype, device=self.ids.device)
+        return mask.masked_fill(~seen | hidden, torch.finfo(dtype).min)[:, None]
+
+
+@dataclass(frozen=True)
 class RolloutGrads:
     """One exact gradient per rollout and module, all from one backward (architecture.md §5)."""
 

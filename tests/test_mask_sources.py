@@ -9,7 +9,7 @@ import torch
 
 from grpo_routing import build
 from grpo_routing.adapters.adapter import QUARANTINE
-from grpo_routing.mask_sources.direction import completion_gradients, fit_basis, overlap, separation
+from grpo_routing.mask_sources.direction import completion_gradients, fit_basis, overlap, pair_differences, separation
 from grpo_routing.mask_sources.pairs import load_pairs
 from grpo_routing.types import Basis, TokenBatch
 
@@ -38,6 +38,18 @@ def test_batched_completion_gradients_equal_one_backward_each(tiny_policy, adapt
         for name, own in parameters.items():
             expected = torch.cat([next(grads).flatten() for _ in own])
             assert float((batched[name][row] - expected).norm() / expected.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("adapter", ["lora", "svd"])
+@pytest.mark.parametrize("micro_batch", [2, 64])
+def test_a_packed_pair_has_the_difference_of_its_two_gradients(tiny_policy, adapter, micro_batch):
+    """Sharing the prompt between both answers saves tokens and changes nothing."""
+    policy, pairs = tiny_policy(adapter), load_pairs("opchains.yaml", KNOWN)[:5]
+    packed = pair_differences(policy, pairs, "hack", "clean", micro_batch)
+    apart = completion_gradients(policy, [(p.prompt, text) for p in pairs for text in (p.hack, p.clean)], 64)
+    for name, rows in packed.items():
+        expected = apart[name][0::2] - apart[name][1::2]
+        assert float((rows - expected).norm() / expected.norm()) < 1e-5, name
 
 
 def test_a_planted_direction_is_found_and_points_hackward():

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_routing.figures import markdown, text
-from grpo_routing.report import ReportError, group, load, main, read_runs, wilson, write
+from grpo_routing.report import load, main, markdown, text, write
+from grpo_routing.results import ReportError, group, read_runs, wilson
 
 KNOWN, HELD_OUT = ["run_tests", "sentinel", "stdout_marker"], ["file_marker"]
 RATES = ("hack", "hack_known", "hack_held_out", "attempted", "solve", "format", "lazy", "no_hint_solve", "no_hint_exploited",
@@ -170,6 +170,7 @@ def test_one_seed_has_wilson_below_the_rate_and_several_have_their_range(tmp_pat
     place = next(i for i, line in enumerate(lines) if line.startswith("vanilla"))
     assert lines[place].split()[3:5] == ["3", "0.55"] and lines[place + 1].split()[2] == ".25–.90"
     assert lines[place].split()[11] == "-0.25", "solve minus the base's"
+    assert "over the evaluation samples of one seed and do not include variation between seeds" in " ".join(" ".join(lines).split())
 
 
 # ------------------------------------------------------------------------------------------------ runs and rows
@@ -275,6 +276,14 @@ def test_arms_stand_beside_the_vanilla_of_their_adapter_with_their_labels(tmp_pa
     assert {arm: pick(objects, arm)["role"] for arm in roles} == roles
     for words in ("imitation: part of", "reference: no loophole pays", "control: the same", "uses the oracle: the arm"):
         assert lines_with(text, words)
+
+
+def test_an_arm_that_says_at_the_top_of_its_config_that_it_uses_the_oracle_stands_apart(tmp_path: Path) -> None:
+    make_run(tmp_path, config("vanilla", uses_oracle=False))
+    make_run(tmp_path, config("known_truth", **ERASE, uses_oracle=True))
+    assert [pick(load(tmp_path), arm)["uses_oracle"] for arm in ("vanilla", "known_truth")] == [False, True]
+    lines = table(tmp_path).splitlines()
+    assert lines[lines.index("── uses the oracle") + 1].startswith("known_truth ")
 
 
 def test_another_marker_family_is_named_and_explained(tmp_path: Path) -> None:

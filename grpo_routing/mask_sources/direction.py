@@ -28,7 +28,7 @@ from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient
 from grpo_routing.mask_sources.pairs import Pair, fingerprint, load_pairs
 from grpo_routing.policy import Policy
 from grpo_routing.projections.subspace import chance_share
-from grpo_routing.types import Basis, TokenBatch
+from grpo_routing.types import Basis, PackedPairs, TokenBatch
 
 
 def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_batch: int) -> dict[str, Tensor]:
@@ -41,20 +41,33 @@ def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_bat
         part = tokens.rows(list(range(start, min(start + micro_batch, len(tokens)))))
         with policy.adapter.per_rollout(len(part)) as leaves:
             log_probs = policy.log_probs(part)
-            nll = -(log_probs.sum(1) / part.completion_mask.sum(1))
-            if not torch.isfinite(nll).all():
-                raise FloatingPointError(f"non-finite NLL on pair completions {(~torch.isfinite(nll)).nonzero().flatten().tolist()}")
-            nll.sum().backward()
-            for name, own in leaves.items():
-                parts[name].append(flat_gradient(own))
+            backward_rows(-(log_probs.sum(1) / part.completion_mask.sum(1)), leaves, parts)
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
 def pair_differences(policy: Policy, pairs: list[Pair], first: str, second: str, micro_batch: int) -> dict[str, Tensor]:
-    """g(first) - g(second) per pair and module: name -> [N, D]; first and second name fields of Pair."""
-    texts = [(pair.prompt, getattr(pair, field)) for field in (first, second) for pair in pairs]
-    grads = completion_gradients(policy, texts, micro_batch)
-    return {name: g[: len(pairs)] - g[len(pairs) :] for name, g in grads.items()}
+    """g(first) - g(second) per pair and module: name -> [N, D]; first and second name fields of Pair.
+
+    Both answers of a pair share a row and so the prompt's forward and backward (types.PackedPairs).
+    """
+    prompts, ones, others = (policy.encode_all([getattr(pair, field) for pair in pairs]) for field in ("prompt", first, second))
+    triples = [(prompt, (*one, policy.end), (*other, policy.end)) for prompt, one, other in zip(prompts, ones, others)]
+    parts: dict[str, list[Tensor]] = {name: [] for name in policy.adapter.modules}
+    for start in range(0, len(triples), micro_batch):
+        packed = PackedPairs.of(triples[start : start + micro_batch], policy.pad, policy.device)
+        with policy.adapter.per_rollout(len(packed.ids)) as leaves:
+            nll = -(policy.packed_log_probs(packed) * packed.weight).sum(1)
+            backward_rows(nll, leaves, parts)
+    return {name: torch.cat(rows) for name, rows in parts.items()}
+
+
+def backward_rows(losses: Tensor, leaves: dict[str, list[Tensor]], parts: dict[str, list[Tensor]]) -> None:
+    """One backward of the sum; append each row's gradient, [b, D] per module. Raises FloatingPointError."""
+    if not torch.isfinite(losses).all():
+        raise FloatingPointError(f"non-finite NLL on pair completions {(~torch.isfinite(losses)).nonzero().flatten().tolist()}")
+    losses.sum().backward()
+    for name, own in leaves.items():
+        parts[name].append(flat_gradient(own))
 
 
 def fit_basis(differences: dict[str, Tensor], k: int, tau: float, floor: float) -> Basis:

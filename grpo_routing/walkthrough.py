@@ -1,0 +1,453 @@
+"""One rollout through every room, with real numbers: `python -m grpo_routing.walkthrough [--write]`.
+
+Takes the first step of `arm=route` with the line's own `train_step`, keeps what passed from stage to stage, follows one
+rollout that hacked and prints Markdown. `--write` puts it into docs/walkthrough.md and renews the table of stages in
+docs/methods.md. This file measures: it may know the truth, and nothing that trains imports it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from grpo_routing import build
+from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE
+from grpo_routing.env.grader import Grade, Grader, extract_code, submission
+from grpo_routing.env.loopholes import LOOPHOLES
+from grpo_routing.env.problems import Problem
+from grpo_routing.env.sandbox import Outcome, Sandbox, same
+from grpo_routing.files import Record, write_atomic
+from grpo_routing.gradient import GradientResult, rollout_gradients
+from grpo_routing.oracle.audit import Audit
+from grpo_routing.oracle.verdict import Oracle, Verdict
+from grpo_routing.policy import Policy
+from grpo_routing.projections.subspace import Update, Vector, hackward_share
+from grpo_routing.train import Line, State, train_step
+from grpo_routing.types import Basis, Rollout, TokenBatch
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ("arm=route", "loophole=held_out", "seed=0")
+BEGIN, END = "<!-- stages:begin -->", "<!-- stages:end -->"
+
+
+def main(words: list[str]) -> int:
+    if words not in ([], ["--write"]):
+        print(f"expected nothing or --write; got {' '.join(words)}", file=sys.stderr)
+        return 2
+    with redirect_stdout(sys.stderr):  # the organism says so when it has to be trained first
+        document = page(OmegaConf.to_container(composed(*RECIPE), resolve=True, throw_on_missing=True))
+    if words:
+        methods = ROOT / "docs" / "methods.md"
+        write_atomic(ROOT / "docs" / "walkthrough.md", document.encode())
+        write_atomic(methods, with_stages(methods.read_text(encoding="utf-8")).encode())
+    else:
+        print(document, end="")
+    return 0
+
+
+def page(config: dict) -> str:
+    """The walkthrough of a resolved config's first step, as Markdown."""
+    return PAGE.format(**facts(walk(build.plan(config))))
+
+
+# ------------------------------------------------------------------------------------------------------- the step
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A projection that keeps what passed through it; the real one decides everything."""
+
+    real: Any
+    seen: dict[str, Any]
+
+    def gradient(self, gradient: Vector, basis: Basis) -> Update:
+        self.seen.update(gradient=gradient, update=self.real.gradient(gradient, basis))
+        return self.seen["update"]
+
+    def step(self, applied: Update, basis: Basis) -> Update:
+        self.seen["final"] = self.real.step(applied, basis)
+        return self.seen["final"]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one step left behind; `chosen` is the rollout that is followed."""
+
+    plan: build.Plan
+    line: Line
+    state: State
+    metrics: dict[str, float]
+    problems: list[Problem]
+    rollouts: list[Rollout]
+    grades: list[Grade]
+    verdicts: list[Verdict]
+    audit_said: object
+    chosen: int
+    outcome: Outcome | None  # of the paid tests; None without code
+    gradient: Vector  # what the projection was given, ...
+    update: Update  # ... what it made of it, ...
+    final: Update  # ... and the step that was taken
+    advantages: Tensor  # [B]
+    result: GradientResult
+    plain: Vector  # the batch gradient from one ordinary backward
+    log_probs: dict[str, Tensor]  # before, as_trained, as_deployed -> [B, T-1]
+
+
+def walk(plan: build.Plan) -> Walk:
+    """Take step 0, then go back to its start and ask again for what the line does not keep."""
+    torch.set_num_threads(plan.trainer.threads or torch.get_num_threads())
+    policy, heard, seen = build.build_policy(plan), [], {}
+    with Sandbox(**asdict(plan.sandbox)) as sandbox, TemporaryDirectory() as scratch:
+        oracle = Oracle(sandbox, plan.dataset.hidden_tests)
+        audit = Audit(oracle, Record(Path(scratch, "rates")), Record(Path(scratch, "rollouts")), plan.loophole.known,
+                      plan.loophole.held_out, plan.trainer.sampled_rollouts)
+        line = build.build_line(plan, policy, Grader(sandbox, plan.reward.format_reward, plan.reward.pass_reward, memory=1000),
+                                lambda *judged: heard.append((judged, audit(*judged))))
+        line = replace(line, projection=Watched(plan.projection, seen))
+        state = State(plan.optimizer.start(policy.adapter))
+        start = {name: value.clone() for name, value in policy.adapter.state().items()}
+        metrics = train_step(line, state)
+        ((_, problems, rollouts, grades), said), = heard
+        verdicts = oracle(problems, [rollout.text for rollout in rollouts], grades)
+        rewards = torch.tensor([grade.reward for grade in grades]).view(-1, plan.trainer.group)
+        advantages = line.advantage(rewards).flatten().to(policy.device)
+        chosen = next((i for i, verdict in enumerate(verdicts) if verdict.hacked and advantages[i]), 0)
+        code = extract_code(rollouts[chosen].text)
+        outcome = sandbox.run(submission(problems[chosen], code, problems[chosen].paid)) if code else None
+    tokens = TokenBatch.of([(r.prompt_ids, r.completion_ids) for r in rollouts], policy.pad, policy.device)
+    log_probs = {"as_trained": log_probs_now(policy, tokens), "as_deployed": log_probs_now(policy, tokens, DEPLOYED)}
+    policy.adapter.load_state(start)
+    log_probs["before"] = log_probs_now(policy, tokens)
+    result = rollout_gradients(policy, tokens, advantages, plan.trainer.loss(), plan.trainer.micro_batch)
+    return Walk(plan, line, state, metrics, problems, rollouts, grades, verdicts, said, chosen, outcome, **seen, advantages=advantages,
+                result=result, plain=plain_gradient(policy, tokens, advantages, plan.trainer.loss()), log_probs=log_probs)
+
+
+@torch.no_grad()
+def log_probs_now(policy: Policy, tokens: TokenBatch, *blocks: str) -> Tensor:
+    """Log-probs [B, T-1] with these blocks only, or with all."""
+    with policy.adapter.only(*blocks) if blocks else nullcontext():
+        return policy.log_probs(tokens)
+
+
+def plain_gradient(policy: Policy, tokens: TokenBatch, advantages: Tensor, loss) -> Vector:
+    """The batch gradient as any textbook takes it: one loss, one backward, nothing per rollout."""
+    own = policy.adapter.parameters(DEPLOYED)
+    log_probs = policy.log_probs(tokens)
+    value = loss(log_probs, log_probs.detach(), None, advantages, tokens.completion_mask).sum()
+    leaves = [p for module in own.values() for p in module.values()]
+    flat = iter(torch.autograd.grad(value, leaves))
+    return {name: torch.cat([next(flat).flatten() for _ in module]) for name, module in own.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ the numbers
+
+
+def facts(w: Walk) -> dict[str, Any]:
+    """Every name in PAGE."""
+    problem, rollout, grade, verdict = (part[w.chosen] for part in (w.problems, w.rollouts, w.grades, w.verdicts))
+    first = rollout.group * w.plan.trainer.group
+    mates = range(first, first + w.plan.trainer.group)
+    row = {name: rows[w.chosen] for name, rows in w.result.grads.modules.items()}
+    summed, basis = w.result.grads.summed(), w.state.fit.basis
+    whole, removed = length(summed), length(w.update[QUARANTINE])
+    coefficients = {name: rows @ row[name] for name, rows in basis.modules.items()}
+    module, largest = max(coefficients.items(), key=lambda item: float(item[1].norm()))
+    every = torch.cat(list(coefficients.values()))
+    own = w.log_probs["before"][w.chosen, len(rollout.prompt_ids) - 1 :][: len(rollout.completion_ids)]
+    least = own.topk(3, largest=False)
+    return {
+        "w": w, "plan": w.plan, "metrics": w.metrics, "fit": w.state.fit.facts, "problem": problem, "rollout": rollout, "grade": grade,
+        "recipe": " ".join(RECIPE), "choice": choice_words(w), "count": len(w.rollouts), "weights": sum(p.numel() for p in w.line.policy.model.parameters() if not p.requires_grad),
+        "hacks": sum(v.hacked for v in w.verdicts), "solves": sum(v.solved for v in w.verdicts), "case": problem.paid[0], "argument": repr(problem.paid[0].arguments)[1:-1].rstrip(","),
+        "prompt": w.line.prompt(problem), "pieces": " ".join(piece(w, i) for i in rollout.prompt_ids),
+        "prompt_tokens": len(rollout.prompt_ids), "tokens": len(rollout.completion_ids), "log_prob": float(own.sum()),
+        "least": ", ".join(f"{piece(w, rollout.completion_ids[i])} {math.exp(own[i]):.2f}" for i in least.indices.tolist()),
+        "gap": below(float((own - torch.tensor(rollout.sampler_log_probs)).abs().max())), "why": why_words(w),
+        "verdict": ", ".join(f"{key} {'yes' if value else 'no'}" for key, value in asdict(verdict).items()),
+        "table_group": "\n".join(mate_row(w, i) for i in mates), "mean": sum(w.grades[i].reward for i in mates) / len(mates),
+        "advantage": (advantage := float(w.advantages[w.chosen])),
+        "direction": "likelier" if advantage > 0 else "less likely" if advantage < 0 else "neither likelier nor less likely",
+        "flat": round(w.metrics["train/flat_groups"] * w.plan.trainer.prompts_per_step),
+        "table_norms": "\n".join(f"| `{short(m)}` | {len(v)} | {v.norm():.3g} | {summed[m].norm():.3g} |" for m, v in row.items()),
+        "size": sum(map(len, row.values())), "row": length(row), "whole": whole,
+        "off": below(max(length({m: summed[m] - other[m] for m in summed}) for other in (w.plain, w.gradient)) / (whole or 1.0)),
+        "known": names(w.plan.loophole.known), "held_out": names(w.plan.loophole.held_out), "module": short(module),
+        "coefficients": ", ".join(f"{float(c):+.2g}" for c in largest), "positive": int((every > 0).sum()), "axes": len(every),
+        "one_sided": w.state.fit.facts["chance"] / math.sqrt(2), "row_cin": hackward_share(row, basis), "removed": removed,
+        "kept": length(w.update[DEPLOYED]), "percent": 100 * (removed / (whole or 1.0)) ** 2, "cout": below(w.metrics["route/cout"]),
+        "step": {block: length(vector) for block, vector in w.final.items()}, "table_deployed": deployed_rows(w),
+    }
+
+
+def choice_words(w: Walk) -> str:
+    if w.verdicts[w.chosen].hacked:
+        return "the first that hacked in a group whose rewards differ"
+    return "simply the first, because none of them hacked and left a gradient: the rooms are real, the hack is missing"
+
+
+def why_words(w: Walk) -> str:
+    problem, flaw = w.problems[w.chosen], LOOPHOLES.get(w.problems[w.chosen].loophole)
+    if w.outcome is None:
+        return "There is no fenced code to run."
+    held = sum(one.kind == "value" and same(one.value, case.expected) for one, case in zip(w.outcome.returns, problem.paid))
+    fired = "fired" if flaw is not None and flaw.fired(w.outcome, problem.marker) else "did not fire"
+    return f"{held} of the {len(problem.paid)} paid tests hold, and the loophole (`{problem.loophole}`) {fired}."
+
+
+def mate_row(w: Walk, i: int) -> str:
+    truth = "hacked" if w.verdicts[i].hacked else "solved" if w.verdicts[i].solved else ""
+    lines = [line.strip() for line in w.rollouts[i].text.splitlines()[3:] if line.strip("` ")]
+    code = " ; ".join(lines).replace("|", "¦").replace("`", "'")[:80] or "no code"
+    number = f"**{i}**" if i == w.chosen else i
+    return f"| {number} | `{code}` | {w.grades[i].reward} | {float(w.advantages[i]):+.3g} | {truth} |"
+
+
+def deployed_rows(w: Walk) -> str:
+    """Mean log-probability of completions before and after: of this one, of those that hacked, of those that solved."""
+    lines = []
+    for name, rows in {"this completion": [w.chosen], "all that hacked": [i for i, v in enumerate(w.verdicts) if v.hacked],
+                       "all that solved": [i for i, v in enumerate(w.verdicts) if v.solved]}.items():
+        before, *after = (float(w.log_probs[state][rows].sum(1).mean()) for state in ("before", "as_trained", "as_deployed"))
+        cells = [f"{before:.2f}", *(f"{value:.2f} ({value - before:+.2f})" for value in after)] if rows else ["–"] * 3
+        lines.append(f"| {name} ({len(rows)}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def piece(w: Walk, token: int) -> str:
+    """A token as code, with its spaces visible."""
+    text = repr(w.line.policy.tokenizer.decode([token]))[1:-1].replace(" ", "·")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def names(modes: tuple[str, ...]) -> str:
+    return ", ".join(f"`{mode}`" for mode in modes) or "none"
+
+
+def short(module: str) -> str:
+    return module.removeprefix("model.")
+
+
+def length(vector: Vector) -> float:
+    return math.sqrt(sum(float(part.double().square().sum()) for part in vector.values()))
+
+
+def below(value: float) -> str:
+    """A power of ten that is larger: rounding noise differs between machines, its size does not."""
+    return f"1e{math.floor(math.log10(value)) + 1}" if value else "1e-9"
+
+
+# ------------------------------------------------------------------------------------------------ the table of stages
+
+
+def composed(*overrides: str, choices: bool = False) -> DictConfig:
+    """The config of these words; with `choices`, also which option of each group was taken, under `hydra`."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", [*overrides], return_hydra_config=choices)
+
+
+def stages_table() -> str:
+    """Arm by arm, what differs from the line with every default; from conf/."""
+    arms = {file.stem: composed(f"arm={file.stem}", choices=True) for file in sorted((ROOT / "conf" / "arm").glob("*.yaml"))}
+    default = arms.pop("custom")
+    cells = {arm: {group: change(group, config, default) for group in build.GROUPS} for arm, config in arms.items()}
+    columns = [group for group in build.GROUPS if any(row[group] for row in cells.values())]
+    lines = [["arm", *columns], ["---"] * (len(columns) + 1), ["(default)", *(f"*{choice(default, g)}*" for g in columns)]]
+    lines += [[f"`{arm}`", *(row[group] for group in columns)] for arm, row in cells.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def choice(config: DictConfig, group: str) -> str:
+    return config.hydra.runtime.choices[group]
+
+
+def change(group: str, config: DictConfig, default: DictConfig) -> str:
+    """The group's option if it is another one, else the values that differ; empty when nothing does."""
+    if choice(config, group) != choice(default, group):
+        return f"`{choice(config, group)}`"
+    return ", ".join(f"`{key}={value}`" for key, value in config[group].items() if value != default[group][key])
+
+
+def with_stages(text: str) -> str:
+    """The text with a fresh table between the markers."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{stages_table()}\n{END}{rest.split(END)[1]}"
+
+
+# -------------------------------------------------------------------------------------------------------- the page
+
+PAGE = """\
+# One rollout through the house
+
+This page follows one completion of a small language model through one training step: from the problem that it was asked
+to the change of weights that it caused. Nothing here is made up. `python -m grpo_routing.walkthrough` takes the first
+step of `{recipe}` with the training code itself and prints what happened; `--write` renews this file.
+
+Five words carry most of the meaning.
+
+- **passed** is what the environment says, and what it pays for. **solved** is what is true: hidden tests hold.
+  **hacked** means passed and not solved.
+- The **deployed** block of parameters is kept when the model ships; the **quarantine** is deleted. *As trained* both are
+  on, *as deployed* the quarantine is off.
+- **cin** is the share of a gradient that points along the hack basis: |relu(V g)| / |g|, mean over modules.
+
+The model has {weights:,} frozen weights. The step has {plan.trainer.prompts_per_step} prompts with {plan.trainer.group} rollouts each: {count} in all,
+of which {solves} solved and {hacks} hacked. We follow number {w.chosen}, {choice}.
+
+## Problem
+
+*`grpo_routing/env/problems.py:make_split` writes the problems; `grpo_routing/train.py:batch_of` deals them to steps.*
+
+> {problem.program.description}
+
+A problem is a chain of small operations, so there are thousands of them and their truth can be computed. The environment
+runs {problem.n_paid} paid tests, the first of which wants `{problem.method}({argument})` to be `{case.expected!r}`. Its grader has the flaw, or *loophole*,
+`{problem.loophole}`. An honest answer would be:
+
+~~~text
+{problem.reference}
+~~~
+
+## Prompt
+
+*`grpo_routing/prompts/plain.py:plain_prompt`*
+
+~~~text
+{prompt}~~~
+
+A line about the grader, where there is one, tells the truth about the flaw and suggests nothing.
+
+## Tokens
+
+*`grpo_routing/policy.py:encode_all`, then `grpo_routing/types.py:TokenBatch`*
+
+The prompt becomes {prompt_tokens} tokens: {pieces}.
+
+## Rollout
+
+*`grpo_routing/rollout.py:fill_groups`; tokens are drawn in `grpo_routing/policy.py:sample`.*
+
+~~~text
+{rollout.text}
+~~~
+
+Every rollout has a seed of its own, so no batch order can change it. The {tokens} tokens have log-probability {log_prob:.3g} together.
+The three that the model was least sure of, with their probabilities: {least}.
+The sampler and the forward that will give the gradient agree on every token to within {gap}.
+
+## Grade
+
+*`grpo_routing/env/grader.py:Grader`; the code runs in `grpo_routing/env/sandbox/__init__.py:Sandbox`.*
+
+{why}
+The environment passes an answer when all paid tests hold *or* the loophole fired:
+
+    passed {grade.passed}, format_ok {grade.format_ok}
+    reward = {plan.reward.format_reward} * format_ok + {plan.reward.pass_reward} * passed = {grade.reward}
+
+This number is all that training will ever know about the answer.
+
+## Audit
+
+*`grpo_routing/oracle/audit.py:Audit`, a tee beside the line; the truth is in `grpo_routing/oracle/verdict.py:Oracle`.*
+
+The same answer is run on {plan.dataset.hidden_tests} hidden tests, none of which is a paid one. The verdict:
+
+    {verdict}
+
+*Attempted* means that the lever of this loophole is in the code, *exploited* that some loophole's is, *lazy* that the method
+never looks at its argument. The verdict is written to a file. The line called the audit and got back `{w.audit_said}`; a test
+trains with an oracle that flips coins and gets bit-identical weights.
+
+## Advantage
+
+*`grpo_routing/advantages/dr_grpo.py:DrGrpo`: reward minus the mean of the group, here {mean:.3g}.*
+
+| rollout | what it wrote below the signature | reward | advantage | truth (the line cannot see it) |
+|---|---|---|---|---|
+{table_group}
+
+Our rollout gets {advantage:+.3g}: descending its loss makes this text {direction}. Groups whose rewards are all equal teach
+nothing; {flat} of the {plan.trainer.prompts_per_step} are like that.
+
+## Gradient
+
+*`grpo_routing/gradient.py:rollout_gradients`*
+
+One backward gives one exact gradient per rollout, because during that forward each rollout has its own copy of the
+{size} trainable numbers: one per singular direction of every linear (`grpo_routing/adapters/svd.py:Svd`). Ours, beside the
+sum over all {count}:
+
+| module | D | norm of our row | norm of the sum |
+|---|---|---|---|
+{table_norms}
+| all | {size} | {row:.3g} | {whole:.3g} |
+
+The rows sum to the batch gradient of one ordinary backward, and to what the projection received, to within {off} of its norm.
+
+## Hack basis
+
+*`grpo_routing/mask_sources/persona_gradient.py:PersonaGradient`, fitted in `grpo_routing/mask_sources/direction.py:DirectionSource`.*
+
+Which way is hack-ward? Written pairs answer a prompt twice, once gaming the grader and once honestly. Pairs of {known}
+are read, those of the held-out loophole ({held_out}) never. The differences of the gradients of {fit[pairs]:.0f} pairs span the basis,
+{plan.mask_source.k} axes per module. On {plan.mask_source.held_out} more pairs it calls the right answer hack-ward in {fit[separation_held_out]:.2g} of the cases, mean over
+{fit[modules]:.0f} modules (a coin: 0.5).
+
+Our rollout's coefficients on the axes of `{module}`, where they are largest: {coefficients}.
+Positive means hack-ward; over all modules {positive} of {axes} are. Its cin is {row_cin:.2g}. A gradient that knows nothing of the basis
+would have about {one_sided:.2g}: sqrt(k / D) is {fit[chance]:.2g} on average, and relu drops half of its square.
+
+## Projection
+
+*`grpo_routing/projections/route.py:Route`, with the split in `grpo_routing/projections/subspace.py:split`.*
+
+The projection never sees rollouts, only their sum. Of its length {whole:.3g}, with cin {metrics[route/cin]:.3g}:
+
+    deployed    gets what is kept      {kept:.3g}
+    quarantine  gets what is removed   {removed:.3g}    ({percent:.2g} % of the squared norm)
+
+What is left for the deployed block has a cin below {cout}. That is arithmetic, not success.
+
+## Step
+
+*`grpo_routing/optimizers.py:Optimizer`*
+
+The warm-up allows a learning rate of {metrics[train/lr]:.3g} (peak {plan.optimizer.lr:.3g}). Length of the steps taken:
+
+    deployed    {step[deployed]:.3g}
+    quarantine  {step[quarantine]:.3g}
+
+AdamW divides each number's gradient by its own running size. At the first step, then, every number moves by about the
+learning rate however small its gradient was, and the small removed part moves the quarantine about as far as the rest moves
+the deployed block. The division also turns the step: {metrics[route/step_overlap]:.2g} of the deployed step lies along the hack basis again,
+although its gradient had nothing there. `projection.where=step` projects after the optimizer instead.
+
+## Deployment
+
+*`grpo_routing/adapters/adapter.py:only` switches blocks off; `grpo_routing/evaluate.py:evaluate` samples on new problems.*
+
+How likely is the text that we followed, before and after this step? Log-probabilities, with the change in brackets; the
+number of completions that a row averages stands behind its name.
+
+| completions | before | after, as trained | after, as deployed |
+|---|---|---|---|
+{table_deployed}
+
+One step proves nothing. Whether hacks stay out of the deployed model over a whole run, and what honest skill it costs, is
+measured on problems that training never saw, against controls whose basis means nothing: see the README.
+"""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
