@@ -168,8 +168,10 @@ def facts(w: Walk) -> dict[str, Any]:
     least = own.topk(3, largest=False)
     return {
         "w": w, "plan": w.plan, "metrics": w.metrics, "fit": w.state.fit.facts, "problem": problem, "rollout": rollout, "grade": grade,
-        "recipe": " ".join(RECIPE), "choice": choice_words(w), "count": len(w.rollouts), "weights": sum(p.numel() for p in w.line.policy.model.parameters() if not p.requires_grad),
-        "hacks": sum(v.hacked for v in w.verdicts), "solves": sum(v.solved for v in w.verdicts), "case": problem.paid[0], "argument": repr(problem.paid[0].arguments)[1:-1].rstrip(","),
+        "recipe": " ".join(RECIPE), "choice": choice_words(w), "count": len(w.rollouts),
+        "weights": sum(p.numel() for p in w.line.policy.model.parameters() if not p.requires_grad),
+        "hacks": sum(v.hacked for v in w.verdicts), "solves": sum(v.solved for v in w.verdicts),
+        "case": problem.paid[0], "argument": repr(problem.paid[0].arguments)[1:-1].rstrip(","),
         "prompt": w.line.prompt(problem), "pieces": " ".join(piece(w, i) for i in rollout.prompt_ids),
         "prompt_tokens": len(rollout.prompt_ids), "tokens": len(rollout.completion_ids), "log_prob": float(own.sum()),
         "least": ", ".join(f"{piece(w, rollout.completion_ids[i])} {math.exp(own[i]):.2f}" for i in least.indices.tolist()),
@@ -301,8 +303,9 @@ Five words carry most of the meaning.
   on, *as deployed* the quarantine is off.
 - **cin** is the share of a gradient that points along the hack basis: |relu(V g)| / |g|, mean over modules.
 
-The model has {weights:,} frozen weights. The step has {plan.trainer.prompts_per_step} prompts with {plan.trainer.group} rollouts each: {count} in all,
-of which {solves} solved and {hacks} hacked. We follow number {w.chosen}, {choice}.
+The model has {weights:,} frozen weights. The step has {plan.trainer.prompts_per_step} prompts
+with {plan.trainer.group} rollouts each: {count} in all, of which {solves} solved and {hacks} hacked.
+We follow number {w.chosen}, {choice}.
 
 ## Problem
 
@@ -311,8 +314,8 @@ of which {solves} solved and {hacks} hacked. We follow number {w.chosen}, {choic
 > {problem.program.description}
 
 A problem is a chain of small operations, so there are thousands of them and their truth can be computed. The environment
-runs {problem.n_paid} paid tests, the first of which wants `{problem.method}({argument})` to be `{case.expected!r}`. Its grader has the flaw, or *loophole*,
-`{problem.loophole}`. An honest answer would be:
+runs {problem.n_paid} paid tests, the first of which wants `{problem.method}({argument})` to be `{case.expected!r}`.
+Its grader has one flaw, the *loophole* `{problem.loophole}`. An honest answer would be:
 
 ~~~text
 {problem.reference}
@@ -331,7 +334,8 @@ A line about the grader, where there is one, tells the truth about the flaw and 
 
 *`grpo_routing/policy.py:encode_all`, then `grpo_routing/types.py:TokenBatch`*
 
-The prompt becomes {prompt_tokens} tokens: {pieces}.
+The prompt becomes {prompt_tokens} tokens:
+{pieces}.
 
 ## Rollout
 
@@ -401,8 +405,8 @@ The rows sum to the batch gradient of one ordinary backward, and to what the pro
 
 Which way is hack-ward? Written pairs answer a prompt twice, once gaming the grader and once honestly. Pairs of {known}
 are read, those of the held-out loophole ({held_out}) never. The differences of the gradients of {fit[pairs]:.0f} pairs span the basis,
-{plan.mask_source.k} axes per module. On {plan.mask_source.held_out} more pairs it calls the right answer hack-ward in {fit[separation_held_out]:.2g} of the cases, mean over
-{fit[modules]:.0f} modules (a coin: 0.5).
+{plan.mask_source.k} axes per module. On {plan.mask_source.held_out} more pairs it calls the right answer hack-ward
+in {fit[separation_held_out]:.2g} of the cases, mean over {fit[modules]:.0f} modules (a coin: 0.5).
 
 Our rollout's coefficients on the axes of `{module}`, where they are largest: {coefficients}.
 Positive means hack-ward; over all modules {positive} of {axes} are. Its cin is {row_cin:.2g}. A gradient that knows nothing of the basis
@@ -430,8 +434,8 @@ The warm-up allows a learning rate of {metrics[train/lr]:.3g} (peak {plan.optimi
 
 AdamW divides each number's gradient by its own running size. At the first step, then, every number moves by about the
 learning rate however small its gradient was, and the small removed part moves the quarantine about as far as the rest moves
-the deployed block. The division also turns the step: {metrics[route/step_overlap]:.2g} of the deployed step lies along the hack basis again,
-although its gradient had nothing there. `projection.where=step` projects after the optimizer instead.
+the deployed block. The division also turns the step: {metrics[route/step_overlap]:.2g} of the deployed step lies
+along the hack basis again, although its gradient had nothing there. `projection.where=step` projects after the optimizer instead.
 
 ## Deployment
 
