@@ -44,6 +44,13 @@ class Policy:
     def encode_all(self, texts: list[str]) -> list[tuple[int, ...]]:
         return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
 
+    def encode_prompts(self, prompts: list[str]) -> list[tuple[int, ...]]:
+        """Prompts as the model was taught to read them: through its chat template where it has one, thinking off."""
+        if not self.tokenizer.chat_template:
+            return self.encode_all(prompts)
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        return self.encode_all(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 

@@ -25,7 +25,7 @@ def uniforms(names: list[tuple], count: int) -> Tensor:
 def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed: tuple, max_new_tokens: int,
                     temperature: float, prompts_per_forward: int) -> list[Rollout]:
     """counts[p] rollouts of prompt p, prompt by prompt; `prompts_per_forward` bounds the memory of a forward."""
-    encoded = policy.encode_all(prompts)
+    encoded = policy.encode_prompts(prompts)
     rollouts = []
     for start in range(0, len(prompts), prompts_per_forward):
         part = range(start, min(start + prompts_per_forward, len(prompts)))

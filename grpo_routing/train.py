@@ -8,6 +8,7 @@ The line never learns what is true: it has no verdict, and the audit that comput
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from grpo_routing.projections.subspace import Update, fired_share, hackward_shar
 from grpo_routing.rollout import fill_groups
 from grpo_routing.types import STUDENT, TEACHER, Rollout, TokenBatch
 
+log = logging.getLogger("grpo_routing")
+STALE = 0.2  # a refitted basis that shares less than this with the one before it deserves a warning
 Audit = Callable[[int, list[Problem], list[Rollout], list[Grade]], None]
 
 
@@ -150,6 +153,9 @@ def refresh(line: Line, state: State) -> None:
     if state.fit is None or (every and state.step % every == 0):
         before, state.fit = state.fit, line.mask_source.fit(line.policy)
         state.fit_overlap = overlap(before.basis, state.fit.basis) if before else math.nan
+        if state.fit_overlap < STALE:
+            log.warning("step %d: the refitted basis shares %.2f with the one before it (1 is the same); between refits it was "
+                        "mostly stale. Lower mask_source.refresh_every", state.step, state.fit_overlap)
 
 
 @torch.no_grad()

@@ -165,7 +165,7 @@ def facts(w: Walk) -> dict[str, Any]:
     module, largest = max(coefficients.items(), key=lambda item: float(item[1].norm()))
     every = torch.cat(list(coefficients.values()))
     own = w.log_probs["before"][w.chosen, len(rollout.prompt_ids) - 1 :][: len(rollout.completion_ids)]
-    least = own.topk(3, largest=False)
+    least = own.topk(min(3, len(own)), largest=False)
     return {
         "w": w, "plan": w.plan, "metrics": w.metrics, "fit": w.state.fit.facts, "problem": problem, "rollout": rollout, "grade": grade,
         "recipe": " ".join(RECIPE), "choice": choice_words(w), "count": len(w.rollouts),
@@ -283,7 +283,7 @@ def change(group: str, config: DictConfig, default: DictConfig) -> str:
 def with_stages(text: str) -> str:
     """The text with a fresh table between the markers."""
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{stages_table()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n\n{stages_table()}\n\n{END}{rest.split(END)[1]}"
 
 
 # -------------------------------------------------------------------------------------------------------- the page

@@ -14,7 +14,7 @@ from grpo_routing.env.grader import Grader
 from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.policy import inverse_transform
 from grpo_routing.rollout import fill_groups, sample_rollouts, uniforms
-from grpo_routing.train import State, batch_of, train_step
+from grpo_routing.train import State, batch_of, refresh, train_step
 from grpo_routing.types import TEACHER, Rollout, TokenBatch
 
 
@@ -158,3 +158,32 @@ def test_inner_steps_move_on_from_the_same_rollouts(start):
         train_step(line, state)
         lengths.append(line.policy.adapter.fingerprint())
     assert lengths[0] != lengths[1]
+
+
+def test_a_stale_basis_is_warned_about(start, caplog):
+    line, state = start("arm=erase", "loophole=held_out", "mask_source=random", "mask_source.refresh_every=1")
+    refresh(line, state)
+    assert math.isnan(state.fit_overlap) and not caplog.records
+    line = dataclasses.replace(line, mask_source=dataclasses.replace(line.mask_source, seed=1))  # another random basis
+    refresh(line, state)
+    assert state.fit_overlap < 0.2
+    assert "the refitted basis shares" in caplog.text and "Lower mask_source.refresh_every" in caplog.text
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def test_a_pretrained_model_is_read_from_a_folder_and_asked_through_its_chat_template(config, sandbox, tmp_path):
+    """The hub path, on a model folder that we make: load, chat template, two steps."""
+    model, tokenizer = build.plan(config()).model.load()
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plan = build.plan(config("model=qwen3_0_6b", f"model.path={tmp_path}", "model.device=cpu", "model.dtype=float32", "arm=erase"))
+    policy = build.build_policy(plan)
+    assert policy.decode(policy.encode_prompts(["sort ascending"])[0]) == "<user>sort ascending<assistant>"
+    line = build.build_line(plan, policy, Grader(sandbox, 0.25, 1.0, 1000), None)
+    state = State(plan.optimizer.start(policy.adapter))
+    for _ in range(2):
+        train_step(line, state)
+    assert state.step == 2

@@ -56,10 +56,10 @@ class Teacher:
             raise ValueError(f"extra_rollouts.mix_ratio={self.mix_ratio} of a group of {group} gives {share} teacher rollouts; "
                              f"choose one between {0.5 / group:.3f} and {1 - 0.5 / group:.3f}")
         rollouts = []
-        for place, prompt in enumerate(prompts):
+        for place, (prompt, prompt_ids) in enumerate(zip(prompts, policy.encode_prompts(prompts))):
             known = self.by_prompt.get(prompt, [])
             rng = random.Random("/".join(map(str, (*seed, place))))
             for text in rng.sample(known, min(share, len(known))):
                 ids = (*policy.encode(text), policy.end)
-                rollouts.append(Rollout(place, policy.encode(prompt), ids, text, TEACHER))
+                rollouts.append(Rollout(place, prompt_ids, ids, text, TEACHER))
         return rollouts

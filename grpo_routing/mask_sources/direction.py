@@ -33,7 +33,8 @@ from grpo_routing.types import Basis, PackedPairs, TokenBatch
 
 def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_batch: int) -> dict[str, Tensor]:
     """Gradient of the mean completion NLL for (prompt, completion) texts: name -> [N, D], one backward a micro-batch."""
-    prompts, completions = (policy.encode_all(list(part)) for part in zip(*texts))
+    prompts = policy.encode_prompts([prompt for prompt, _ in texts])
+    completions = policy.encode_all([completion for _, completion in texts])
     sequences = [(prompt, (*completion, policy.end)) for prompt, completion in zip(prompts, completions)]
     tokens = TokenBatch.of(sequences, policy.pad, policy.device)
     parts: dict[str, list[Tensor]] = {name: [] for name in policy.adapter.modules}
@@ -50,7 +51,8 @@ def pair_differences(policy: Policy, pairs: list[Pair], first: str, second: str,
 
     Both answers of a pair share a row and so the prompt's forward and backward (types.PackedPairs).
     """
-    prompts, ones, others = (policy.encode_all([getattr(pair, field) for pair in pairs]) for field in ("prompt", first, second))
+    prompts = policy.encode_prompts([pair.prompt for pair in pairs])
+    ones, others = (policy.encode_all([getattr(pair, field) for pair in pairs]) for field in (first, second))
     triples = [(prompt, (*one, policy.end), (*other, policy.end)) for prompt, one, other in zip(prompts, ones, others)]
     parts: dict[str, list[Tensor]] = {name: [] for name in policy.adapter.modules}
     for start in range(0, len(triples), micro_batch):
