@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from grpo_routing.env.loopholes import MODES
 
 EXPERIMENT, PROBLEMS = "organism_check", 1000
@@ -67,7 +69,7 @@ def judge(folder: Path, seeds: int) -> list[Line]:
     """Requirements of issue 2 against what the run folders hold."""
     runs = {(arm, seed): only(folder / "runs", f"{arm}-all-s{seed}-*") for arm in ARMS for seed in range(seeds)}
     base = rates(runs["vanilla", 0], "base")
-    training = json.loads(next(Path(config_cache(runs["vanilla", 0])).glob("organism-*/training.json")).read_text())
+    training = organism_facts(runs["vanilla", 0])
     hacked = [rates(runs["vanilla", seed], "as_trained") for seed in range(seeds)]
     honest = [rates(runs["no_loophole", seed], "as_trained") for seed in range(seeds)]
     enough = -(-9 * seeds // 10)  # nine of ten, rounded up
@@ -104,7 +106,12 @@ def only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def config_cache(run: Path) -> str:
-    import yaml
-
-    return yaml.safe_load((run / "config.yaml").read_text())["cache"]
+def organism_facts(run: Path) -> dict:
+    """What the training of this run's organism wrote beside its weights."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    recipe = {key: value for key, value in config["model"].items() if key != "name"}
+    for file in Path(config["cache"]).glob("organism-*/training.json"):
+        facts = json.loads(file.read_text())
+        if facts["recipe"] == recipe:
+            return facts
+    raise RuntimeError(f"{config['cache']} has no organism of the recipe in {run / 'config.yaml'}; was the cache emptied since?")

@@ -295,7 +295,7 @@ This page follows one completion of a small language model through one training 
 to the change of weights that it caused. Nothing here is made up. `python -m grpo_routing.walkthrough` takes the first
 step of `{recipe}` with the training code itself and prints what happened; `--write` renews this file.
 
-Five words carry most of the meaning.
+A few words carry most of the meaning.
 
 - **passed** is what the environment says, and what it pays for. **solved** is what is true: hidden tests hold.
   **hacked** means passed and not solved.
@@ -303,8 +303,8 @@ Five words carry most of the meaning.
   on, *as deployed* the quarantine is off.
 - **cin** is the share of a gradient that points along the hack basis: |relu(V g)| / |g|, mean over modules.
 
-The model has {weights:,} frozen weights. The step has {plan.trainer.prompts_per_step} prompts
-with {plan.trainer.group} rollouts each: {count} in all, of which {solves} solved and {hacks} hacked.
+The model has {weights:,} frozen weights. The step has {plan.trainer.prompts_per_step} prompts with {plan.trainer.group} rollouts each,
+{count} in all: {solves} solved and {hacks} hacked.
 We follow number {w.chosen}, {choice}.
 
 ## Problem
