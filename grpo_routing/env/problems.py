@@ -79,8 +79,8 @@ def split_of(program: Program) -> str:
 
 
 def draw_problem(split: str, rng: random.Random, length_weights: tuple[float, ...], n_paid: int) -> Problem:
-    """A problem of the split, still without loophole. Constant programs (same output for all paid tests) are redrawn:
-    a lazy `return 0` would solve them."""
+    """A problem of the split, still without loophole. Programs whose paid tests all expect the same are redrawn: a
+    constant would pass them. (A few remain whose *hidden* tests coincide, docs/log.md.)"""
     while True:
         program = draw_program(rng, length_weights)
         if split_of(program) != split:

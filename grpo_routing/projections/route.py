@@ -1,7 +1,11 @@
 """Route: the hack-ward part trains the quarantine instead, which is ablated at deployment (the seeds' `route`).
 
 The adapter needs a quarantine block in the same coordinates (svd: dS_hack beside dS). In the forward both blocks add
-up, so during training the policy moves almost as vanilla does; what was parked is gone when it is deployed.
+up; what was parked is gone when it is deployed.
+
+    where: step        the parted step adds up to vanilla's, so with both blocks on the policy moves exactly as vanilla's
+    where: gradient    the seeds' way: AdamW normalises each block by itself, so a parked tenth of the gradient steps as
+                       far as the rest, and what is deleted at deployment is larger than what was found
 Departure from Cloud et al. 2024 and SGTM: those route whole examples by label; here a fixed subspace of the summed
 gradient is routed, without any label.
 """
