@@ -40,7 +40,7 @@ METRICS = {
     "route/cout": "the same for the gradient that the deployed block's optimizer got",
     "route/step_overlap": "the same for the step that the deployed block took",
     "route/fired": "share of modules with some hack-ward component",
-    "route/chance": "sqrt(k / D): what |V g| / |g| is for a gradient that knows nothing of the basis; one-sided, as cin is, that over sqrt 2",
+    "route/chance": "sqrt(k / D), the two-sided share by chance; one-sided, as cin is, that over sqrt 2",
     "route/fit_overlap": "mean squared cosine between this basis and the one before it",
     "route/pairs": "pairs that the basis was fitted on",
     "route/modules": "modules that have a basis",
