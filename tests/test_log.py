@@ -8,6 +8,7 @@ import math
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,7 @@ def folder(tmp_path_factory) -> Path:
             patch.setenv(f"WANDB_{name}_DIR", str(tmp_path_factory.mktemp("wandb")))
         for config in ({"seed": 99}, CONFIG):  # the second one replaces the first
             WandbLogger("grpo_routing", "offline").publish(folder, config, IDENTITY)
+            time.sleep(1.1)  # W&B names its folder by the second; attempts of a real run are further apart
     return folder
 
 
