@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Policy:
         self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
         self.end = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
+        # Pairs are read again at every refit and prompts in every epoch; tokenizing them anew costs as much as a layer.
+        self.encode = lru_cache(maxsize=1 << 16)(self._tokenize)
 
     @property
     def device(self) -> torch.device:
@@ -38,11 +40,11 @@ class Policy:
                 digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode_all(self, texts: list[str]) -> list[tuple[int, ...]]:
-        return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
+        return [self.encode(text) for text in texts]
 
     def encode_prompts(self, prompts: list[str]) -> list[tuple[int, ...]]:
         """Prompts as the model was taught to read them: through its chat template where it has one, thinking off."""
