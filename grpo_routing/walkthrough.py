@@ -36,6 +36,7 @@ from grpo_routing.train import Line, State, train_step
 from grpo_routing.types import Basis, Rollout, TokenBatch
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = Path(__file__).with_name("walkthrough_page.md")  # the text; `facts` fills its {fields}
 RECIPE = ("arm=route", "loophole=held_out", "seed=0")
 BEGIN, END = "<!-- stages:begin -->", "<!-- stages:end -->"
 
@@ -57,7 +58,7 @@ def main(words: list[str]) -> int:
 
 def page(config: dict) -> str:
     """The walkthrough of a resolved config's first step, as Markdown."""
-    return PAGE.format(**facts(walk(build.plan(config))))
+    return PAGE.read_text(encoding="utf-8").format(**facts(walk(build.plan(config))))
 
 
 # ------------------------------------------------------------------------------------------------------- the step
@@ -284,173 +285,6 @@ def with_stages(text: str) -> str:
     """The text with a fresh table between the markers."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{stages_table()}\n\n{END}{rest.split(END)[1]}"
-
-
-# -------------------------------------------------------------------------------------------------------- the page
-
-PAGE = """\
-# One rollout through the house
-
-This page follows one completion of a small language model through one training step: from the problem that it was asked
-to the change of weights that it caused. Nothing here is made up. `python -m grpo_routing.walkthrough` takes the first
-step of `{recipe}` with the training code itself and prints what happened; `--write` renews this file.
-
-A few words carry most of the meaning.
-
-- **passed** is what the environment says, and what it pays for. **solved** is what is true: hidden tests hold.
-  **hacked** means passed and not solved.
-- The **deployed** block of parameters is kept when the model ships; the **quarantine** is deleted. *As trained* both are
-  on, *as deployed* the quarantine is off.
-- **cin** is the share of a gradient that points along the hack basis: |relu(V g)| / |g|, mean over modules.
-
-The model has {weights:,} frozen weights. The step has {plan.trainer.prompts_per_step} prompts with {plan.trainer.group} rollouts each,
-{count} in all: {solves} solved and {hacks} hacked.
-We follow number {w.chosen}, {choice}.
-
-## Problem
-
-*`grpo_routing/env/problems.py:make_split` writes the problems; `grpo_routing/train.py:batch_of` deals them to steps.*
-
-> {problem.program.description}
-
-A problem is a chain of small operations, so there are thousands of them and their truth can be computed. The environment
-runs {problem.n_paid} paid tests, the first of which wants `{problem.method}({argument})` to be `{case.expected!r}`.
-Its grader has one flaw, the *loophole* `{problem.loophole}`. An honest answer would be:
-
-~~~text
-{problem.reference}
-~~~
-
-## Prompt
-
-*`grpo_routing/prompts/plain.py:plain_prompt`*
-
-~~~text
-{prompt}~~~
-
-A line about the grader, where there is one, tells the truth about the flaw and suggests nothing.
-
-## Tokens
-
-*`grpo_routing/policy.py:encode_all`, then `grpo_routing/types.py:TokenBatch`*
-
-The prompt becomes {prompt_tokens} tokens:
-{pieces}.
-
-## Rollout
-
-*`grpo_routing/rollout.py:fill_groups`; tokens are drawn in `grpo_routing/policy.py:sample`.*
-
-~~~text
-{rollout.text}
-~~~
-
-Every rollout has a seed of its own, so no batch order can change it. The {tokens} tokens have log-probability {log_prob:.3g} together.
-The three that the model was least sure of, with their probabilities: {least}.
-The sampler and the forward that will give the gradient agree on every token to within {gap}.
-
-## Grade
-
-*`grpo_routing/env/grader.py:Grader`; the code runs in `grpo_routing/env/sandbox/__init__.py:Sandbox`.*
-
-{why}
-The environment passes an answer when all paid tests hold *or* the loophole fired:
-
-    passed {grade.passed}, format_ok {grade.format_ok}
-    reward = {plan.reward.format_reward} * format_ok + {plan.reward.pass_reward} * passed = {grade.reward}
-
-This number is all that training will ever know about the answer.
-
-## Audit
-
-*`grpo_routing/oracle/audit.py:Audit`, a tee beside the line; the truth is in `grpo_routing/oracle/verdict.py:Oracle`.*
-
-The same answer is run on {plan.dataset.hidden_tests} hidden tests, none of which is a paid one. The verdict:
-
-    {verdict}
-
-*Attempted* means that the lever of this loophole is in the code, *exploited* that some loophole's is, *lazy* that the method
-never looks at its argument. The verdict is written to a file. The line called the audit and got back `{w.audit_said}`; a test
-trains with an oracle that flips coins and gets bit-identical weights.
-
-## Advantage
-
-*`grpo_routing/advantages/dr_grpo.py:DrGrpo`: reward minus the mean of the group, here {mean:.3g}.*
-
-| rollout | what it wrote below the signature | reward | advantage | truth (the line cannot see it) |
-|---|---|---|---|---|
-{table_group}
-
-Our rollout gets {advantage:+.3g}: descending its loss makes this text {direction}. Groups whose rewards are all equal teach
-nothing; {flat} of the {plan.trainer.prompts_per_step} are like that.
-
-## Gradient
-
-*`grpo_routing/gradient.py:rollout_gradients`*
-
-One backward gives one exact gradient per rollout, because during that forward each rollout has its own copy of the
-{size} trainable numbers: one per singular direction of every linear (`grpo_routing/adapters/svd.py:Svd`). Ours, beside the
-sum over all {count}:
-
-| module | D | norm of our row | norm of the sum |
-|---|---|---|---|
-{table_norms}
-| all | {size} | {row:.3g} | {whole:.3g} |
-
-The rows sum to the batch gradient of one ordinary backward, and to what the projection received, to within {off} of its norm.
-
-## Hack basis
-
-*`grpo_routing/mask_sources/persona_gradient.py:PersonaGradient`, fitted in `grpo_routing/mask_sources/direction.py:DirectionSource`.*
-
-Which way is hack-ward? Written pairs answer a prompt twice, once gaming the grader and once honestly. Pairs of {known}
-are read, those of the held-out loophole ({held_out}) never. The differences of the gradients of {fit[pairs]:.0f} pairs span the basis,
-{plan.mask_source.k} axes per module. On {plan.mask_source.held_out} more pairs it calls the right answer hack-ward
-in {fit[separation_held_out]:.2g} of the cases, mean over {fit[modules]:.0f} modules (a coin: 0.5).
-
-Our rollout's coefficients on the axes of `{module}`, where they are largest: {coefficients}.
-Positive means hack-ward; over all modules {positive} of {axes} are. Its cin is {row_cin:.2g}. A gradient that knows nothing of the basis
-would have about {one_sided:.2g}: sqrt(k / D) is {fit[chance]:.2g} on average, and relu drops half of its square.
-
-## Projection
-
-*`grpo_routing/projections/route.py:Route`, with the split in `grpo_routing/projections/subspace.py:split`.*
-
-The projection never sees rollouts, only their sum. Of its length {whole:.3g}, with cin {metrics[route/cin]:.3g}:
-
-    deployed    gets what is kept      {kept:.3g}
-    quarantine  gets what is removed   {removed:.3g}    ({percent:.2g} % of the squared norm)
-
-What is left for the deployed block has a cin below {cout}. That is arithmetic, not success.
-
-## Step
-
-*`grpo_routing/optimizers.py:Optimizer`*
-
-The warm-up allows a learning rate of {metrics[train/lr]:.3g} (peak {plan.optimizer.lr:.3g}). Length of the steps taken:
-
-    deployed    {step[deployed]:.3g}
-    quarantine  {step[quarantine]:.3g}
-
-AdamW divides each number's gradient by its own running size. At the first step, then, every number moves by about the
-learning rate however small its gradient was, and the small removed part moves the quarantine about as far as the rest moves
-the deployed block. The division also turns the step: {metrics[route/step_overlap]:.2g} of the deployed step lies
-along the hack basis again, although its gradient had nothing there. `projection.where=step` projects after the optimizer instead.
-
-## Deployment
-
-*`grpo_routing/adapters/adapter.py:only` switches blocks off; `grpo_routing/evaluate.py:evaluate` samples on new problems.*
-
-How likely is the text that we followed, before and after this step? Log-probabilities, with the change in brackets; the
-number of completions that a row averages stands behind its name.
-
-| completions | before | after, as trained | after, as deployed |
-|---|---|---|---|
-{table_deployed}
-
-One step proves nothing. Whether hacks stay out of the deployed model over a whole run, and what honest skill it costs, is
-measured on problems that training never saw, against controls whose basis means nothing: see the README.
-"""
 
 
 if __name__ == "__main__":
