@@ -183,7 +183,9 @@ class DirectionSource(ABC):
 
     def _key(self, policy: Policy, pairs: list[Pair]) -> str:
         settings = {name: value for name, value in asdict(self).items() if name not in ("cache", "pairs", "refresh_every")}
-        parts = (type(self).__name__, policy.fingerprint, policy.adapter.fingerprint(), fingerprint(pairs), settings)
+        # The number of threads changes the rounding, and a cached fit must be the one that this run would have made.
+        state = (policy.fingerprint, policy.adapter.fingerprint(), torch.get_num_threads())
+        parts = (type(self).__name__, state, fingerprint(pairs), settings)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
     @staticmethod
