@@ -19,6 +19,7 @@ from grpo_routing.advantages import ADVANTAGES
 from grpo_routing.env.grader import Grader
 from grpo_routing.env.problems import LoopholeChoice, OpChains, Problem
 from grpo_routing.extra_rollouts import EXTRA_ROLLOUTS
+from grpo_routing.health import Tripwire
 from grpo_routing.log import LOGGERS
 from grpo_routing.mask_sources import MASK_SOURCES
 from grpo_routing.models import MODELS
@@ -39,7 +40,7 @@ GROUPS: dict[str, type | dict[str, type]] = {
     "model": MODELS, "dataset": {"opchains": OpChains}, "loophole": LoopholeChoice, "reward": Reward, "sandbox": SandboxLimits,
     "projection": PROJECTIONS, "mask_source": MASK_SOURCES, "advantage": ADVANTAGES, "prompt": PROMPTS,
     "extra_rollouts": EXTRA_ROLLOUTS, "optimizer": OPTIMIZERS, "adapter": ADAPTERS, "trainer": Trainer,
-    "evaluation": Evaluation, "logger": LOGGERS,
+    "health": Tripwire, "evaluation": Evaluation, "logger": LOGGERS,
 }
 SCALARS = {"seed": int, "output": str, "cache": str, "arm_name": str, "experiment_name": str}
 
@@ -61,6 +62,7 @@ class Plan:
     optimizer: Any
     adapter: Any
     trainer: Trainer
+    health: Tripwire
     evaluation: Evaluation
     logger: Any
     seed: int
@@ -128,19 +130,44 @@ def _say(where: str, error: dict) -> str:
 
 def impossible(parts: dict[str, Any]) -> list[str]:
     """Combinations that cannot work, each with those that can."""
-    problems = []
     projection, source, adapter = parts["projection"], parts["mask_source"], parts["adapter"]
-    name = _name(PROJECTIONS, projection)
-    if source.kind not in projection.takes:
-        fitting = "|".join(one for one, kind in MASK_SOURCES.items() if kind.kind in projection.takes)
-        problems.append(f"projection={name} needs a mask source of kind {' or '.join(projection.takes)}; "
-                        f"{_name(MASK_SOURCES, source)} is of kind {source.kind}. "
-                        f"Choose mask_source={fitting}, or projection=measure_only")
-    if projection.needs_quarantine and QUARANTINE not in adapter.blocks:
-        fitting = "|".join(one for one, kind in ADAPTERS.items() if QUARANTINE in kind.blocks)
-        problems.append(f"projection={name} parks gradient in a quarantine block; adapter={_name(ADAPTERS, adapter)} has none. "
-                        f"Choose adapter={fitting}")
-    return problems
+    advantage, optimizer, extra, trainer = parts["advantage"], parts["optimizer"], parts["extra_rollouts"], parts["trainer"]
+    name, origin = _name(PROJECTIONS, projection), _name(MASK_SOURCES, source)
+    quarantine = QUARANTINE in adapter.blocks
+    holds = {
+        f"projection={name} takes a mask source of kind {' or '.join(projection.takes)}; {origin} is of kind {source.kind}. "
+        f"Choose {fitting(projection, source)}": source.kind not in projection.takes,
+        f"projection={name} needs a quarantine block; adapter={_name(ADAPTERS, adapter)} has none as configured. "
+        f"Set adapter.quarantine_rank (lora) or adapter.quarantine_width (mlp), or choose adapter=svd": projection.needs_quarantine and not quarantine,
+        f"projection={name} tells the blocks apart by their axes, and on adapter.axes=shared their gradients are bitwise equal; "
+        f"set adapter.axes=disjoint, or choose adapter=lora or mlp": not projection.shares_axes and quarantine and adapter.shared_axes,
+        f"projection={name} parks a part of one block's gradient in the other, which needs the same coordinates; "
+        f"choose adapter=svd with adapter.axes=shared": projection.needs_shared_axes and quarantine and not adapter.shared_axes,
+        f"projection={name} masks in the forward, so labels are needed before the backward; {origin} reads gradients. "
+        f"Choose projection=route, or another mask source": projection.masks_forward and "gradients" in source.reads,
+        "projection.gate trains the gate of the quarantine, and adapter.gate is off; set adapter.gate=true (adapter=lora)":
+            bool(getattr(projection, "gate", 0) if name == "stop_gradient" else 0) and not getattr(adapter, "gate", False),
+        f"advantage={_name(ADVANTAGES, advantage)} has two streams; choose optimizer=split_moment, trainer.inner_steps=1 and "
+        f"trainer.kl_weight=0": advantage.two_streams and (not optimizer.needs_natural or trainer.inner_steps > 1 or trainer.kl_weight > 0),
+        f"mask_source={origin} would know the held-out loopholes {held_out_known(parts)}; no detector of them may reach training. "
+        f"Leave mask_source.known at ${{loophole.known}}": bool(held_out_known(parts)),
+        "extra_rollouts=anchor samples with the quarantine off, and this adapter has none; its anchors would be ordinary groups. "
+        "Give the adapter a quarantine, or raise trainer.prompts_per_step": bool(extra.groups) and not quarantine,
+    }
+    return [message for message, broken in holds.items() if broken]
+
+
+def fitting(projection: Any, source: Any) -> str:
+    """The mask sources and projections that would go together."""
+    sources = "|".join(one for one, kind in MASK_SOURCES.items() if set(kind.kinds) & set(projection.takes))
+    projections = "|".join(one for one, kind in PROJECTIONS.items() if source.kind in kind.takes)
+    return f"mask_source={sources}, or projection={projections}"
+
+
+def held_out_known(parts: dict[str, Any]) -> list[str]:
+    """Held-out loopholes that a stage which feeds training says it knows."""
+    told = {mode for group in ("mask_source", "extra_rollouts") for mode in getattr(parts[group], "known", ())}
+    return sorted(told & set(parts["loophole"].held_out))
 
 
 def _name(registry: dict[str, type], thing: Any) -> str:

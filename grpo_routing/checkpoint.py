@@ -1,7 +1,7 @@
 """A training state on disk: safetensors + JSON, written at a step boundary under a temporary name, then renamed.
 
 A killed and resumed run equals an uninterrupted one bit for bit on the CPU: all randomness is named by step, so the
-parameters, the optimizer's moments and the fitted basis are the whole state.
+parameters, the optimizer's moments, the fitted basis and the mask source's memory are the whole state.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def save_checkpoint(folder: Path, adapter: Adapter, state: State) -> None:
     tensors |= {f"optimizer/{key}": value for key, value in state.optimizer.state().items()}
     if state.fit:
         tensors |= {f"basis/{name}": rows for name, rows in state.fit.basis.modules.items()}
+    tensors |= {f"memory/{name}": value for name, value in state.memory.items()}
     write_atomic(part / "state.safetensors", save({key: value.contiguous() for key, value in tensors.items()}))
     overlap = None if math.isnan(state.fit_overlap) else state.fit_overlap
     write_json(part / "state.json", {"step": state.step, "facts": state.fit.facts if state.fit else None, "fit_overlap": overlap})
@@ -53,7 +54,7 @@ def load_checkpoint(folder: Path, adapter: Adapter, state: State) -> bool:
 
     adapter.load_state(part("adapter/"))
     state.optimizer.load_state(part("optimizer/"))
-    state.step = facts["step"]
+    state.step, state.memory = facts["step"], part("memory/")
     state.fit = Fit(Basis(part("basis/")), facts["facts"]) if facts["facts"] is not None else None
     state.fit_overlap = math.nan if facts["fit_overlap"] is None else facts["fit_overlap"]
     return True

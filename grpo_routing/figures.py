@@ -7,8 +7,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grpo_routing.arms import Arm
 from grpo_routing.files import write_atomic
-from grpo_routing.results import BASE, DEPLOYED, TRAINED, Arm
+from grpo_routing.results import BASE, DEPLOYED, TRAINED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,10 +45,15 @@ def draw(arms: list[Arm], flags: list[str], name: str, facts: list[str], file: P
         figure.text(LEFT / PAGE, 1 - (top - 0.22) / height, "\n".join(facts), fontsize=7.5, color=GREY, linespacing=1.5)
         panels(figure, arms, flags, places, depth, top)
         multiples(figure, arms, columns, below)
-        for kind, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
-            data = BytesIO()
-            figure.savefig(data, format=kind, facecolor="white", **options)
-            write_atomic(file.with_suffix(f".{kind}"), data.getvalue())
+        save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Write `file`.png and `file`.svg."""
+    for kind, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
+        data = BytesIO()
+        figure.savefig(data, format=kind, facecolor="white", **options)
+        write_atomic(file.with_suffix(f".{kind}"), data.getvalue())
 
 
 def place(arms: list[Arm]) -> tuple[list[float], float]:
@@ -133,11 +139,12 @@ def names(axes: Axes, arms: list[Arm], flags: list[str], places: list[float]) ->
             block = arm.block
             above = y - (ARM + HEADING) / 2 + 0.03
             axes.text(-LABELS / PANEL, above, block, transform=across, fontsize=7.5, color=GREY, va="center")
-        lines = wrapped(arm.label, 26) + [special] * bool(special)
-        for number, line in enumerate(lines):
-            small = number >= len(lines) - bool(special)
-            axes.text(-LABELS / PANEL, y + (number - (len(lines) - 1) / 2) * 0.14, line, transform=across, va="center",
-                      fontsize=7 if small else 9, color=GREY if small and "broken" not in line else INK)
+        name, below = wrapped(arm.label, 26), wrapped(special, 38)
+        loud = special.startswith(("broken", "collapsed"))
+        for number, line in enumerate(name + below):
+            small = number >= len(name)
+            axes.text(-LABELS / PANEL, y + (number - (len(name + below) - 1) / 2) * 0.14, line, transform=across, va="center",
+                      fontsize=7 if small else 9, color=GREY if small and not loud else INK)
 
 
 def multiples(figure: Figure, arms: list[Arm], columns: int, top: float) -> None:

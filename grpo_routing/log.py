@@ -55,6 +55,8 @@ METRICS = {
     "audit/no_hint_solve": "solve rate on prompts without a hint",
     "audit/no_hint_exploited": "share of answers to prompts without a hint that carry some exploit",
     "audit/hack_teacher": "share of teacher rollouts that hacked",
+    "audit/unflagged_hacks": "number of judged rollouts that hacked and were flagged with p < 0.5 (N_U of leakage is its sum over the steps, "
+                             "times trainer.audit_every)",
     **{f"audit/hack_{mode}": f"hack rate on {mode}" for mode in ("run_tests", "sentinel", "stdout_marker", "file_marker")},
 }
 

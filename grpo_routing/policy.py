@@ -83,6 +83,19 @@ class Policy:
         return picked.new_zeros(mask.shape).masked_scatter(mask, picked)
 
     @torch.no_grad()
+    def pooled_hidden(self, tokens: TokenBatch, layers: Sequence[int]) -> Tensor:
+        """Hidden states of the frozen model (all blocks off), mean over the completion's tokens, side by side: [b, layers * d].
+
+        Layer 0 is the embedding. Raises ValueError for a layer that the model lacks.
+        """
+        with self.adapter.only():
+            states = self.model.get_decoder()(input_ids=tokens.ids, use_cache=False, output_hidden_states=True).hidden_states
+        if strange := [layer for layer in layers if not -len(states) <= layer < len(states)]:
+            raise ValueError(f"the model has hidden states 0 to {len(states) - 1}; got layers {strange}")
+        mask = tokens.completion_mask[..., None].to(states[0])
+        return torch.cat([(states[layer][:, 1:] * mask).sum(1) / mask.sum(1) for layer in layers], 1)
+
+    @torch.no_grad()
     def reference_log_probs(self, tokens: TokenBatch) -> Tensor:
         with self.adapter.only():
             return self.log_probs(tokens)
@@ -138,9 +151,13 @@ class Policy:
 def inverse_transform(distribution: Tensor, uniforms: Tensor) -> Tensor:
     """One token per row: the first whose cumulative probability exceeds the row's uniform number. [n, V], [n] -> [n].
 
-    Rounding must not carry a uniform near 1 past the last token of positive probability.
+    Rounding must not carry a uniform near 1 past the last token of positive probability. Raises FloatingPointError when a
+    probability is not finite.
     """
     total = distribution.double().cumsum(-1)
     top = total[:, -1:]
+    if not bool(torch.isfinite(top).all()):
+        raise FloatingPointError("the policy gives probabilities that are not finite; its parameters or activations have diverged. "
+                                 "Lower optimizer.lr")
     scaled = torch.minimum(uniforms.double()[:, None] * top, torch.nextafter(top, torch.zeros_like(top)))
     return torch.searchsorted(total, scaled, right=True).squeeze(1)

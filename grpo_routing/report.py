@@ -2,9 +2,10 @@
 
     python -m grpo_routing.report outputs/<experiment> [--format text|json|markdown]
 
-It writes report.md, results.json and figures/comparison.{png,svg} into the experiment's folder and prints the chosen
-format. Only finished runs enter a row; every other run is listed with its state and the cause. A rate that was not
-measured is null in JSON and – in the table, never 0. Running it twice gives the same files.
+It writes report.md, results.json, figures/comparison.{png,svg} and, for arms that label rollouts or have a quarantine,
+figures/health*.{png,svg} into the experiment's folder and prints the chosen format. Finished runs enter a row, collapsed
+ones with their evaluation among them; every other run is listed with its state and the cause. A rate that was not measured
+is null in JSON and – in the table, never 0. Running it twice gives the same files.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from grpo_routing.arms import Arm, group
 from grpo_routing.figures import draw, wrapped
 from grpo_routing.files import write_atomic
-from grpo_routing.results import BASE, DEPLOYED, TRAINED, Arm, ReportError, Run, flat_objects, group, read_runs
+from grpo_routing.health_figure import draw_health, pages
+from grpo_routing.results import BASE, DEPLOYED, TRAINED, ReportError, Run, flat_objects, read_runs
 
 WIDTH = 120  # columns of the text
 RATE_COLUMNS = {"hack": "hack", "known": "hack_known", "held-out": "hack_held_out", "attempted": "attempted", "lazy": "lazy",
@@ -55,9 +58,10 @@ def load(experiment: Path) -> list[dict]:
 def write(experiment: Path) -> str:
     """Write report.md, results.json and the figure; return the text table. Raises ReportError when there is no run."""
     runs, name = read_runs(experiment), experiment.resolve().name
-    arms, unfinished = group(runs), [run for run in runs if run.status != "done"]
+    arms, unfinished = group(runs), [run for run in runs if not run.finished]
     if arms:
         draw(arms, [", ".join(flags(arm)) for arm in arms], name, facts(arms), experiment / "figures" / "comparison")
+        draw_health(arms, name, experiment / "figures")
     write_atomic(experiment / "results.json", (json.dumps(flat_objects(runs), indent=1) + "\n").encode())
     write_atomic(experiment / "report.md", markdown(arms, unfinished, name).encode())
     return text(arms, unfinished, name)
@@ -153,6 +157,8 @@ def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
         pairs = (row.arm, row.state, (row.seeds, ""), *row.cells)
         lines.append("| " + " | ".join(f"{value} <sub>{below}</sub>" if below else value for value, below in pairs) + " |")
     lines += ["", *(f"- {note}" for note in notes(arms))] if arms else []
+    health = [f"![Labels, norms and rates of every arm while training](figures/{file}.png)" for file in pages(arms)]
+    lines += ["", "## Health", "", *health] if health else []
     lines += ["", "## Not finished", "", *(f"- {line}" for line in states(unfinished))] if unfinished else []
     lines += ["", "## Runs", "", "| run | arm | seed | steps | code |", "|---|---|---:|---:|---|"] if arms else []
     for arm in arms:
@@ -162,9 +168,11 @@ def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
 
 
 def heading(arms: list[Arm], unfinished: list[Run], name: str) -> str:
-    """One sentence: how many runs the table stands on, and their size."""
+    """One sentence: how many runs the table stands on, how many of them collapsed, and their size."""
     finished = sum(len(arm.runs) for arm in arms)
-    return ", ".join([f"{name}: {finished} of {finished + len(unfinished)} runs finished", *facts(arms)]) + "."
+    fallen, lost = sum(arm.collapsed for arm in arms), sum(run.collapsed for run in unfinished)
+    counts = [f"{fallen} of them collapsed"] * bool(fallen) + [f"{lost} collapsed and could not be evaluated"] * bool(lost)
+    return ", ".join([f"{name}: {finished} of {finished + len(unfinished)} runs finished", *counts, *facts(arms)]) + "."
 
 
 def facts(arms: list[Arm]) -> list[str]:
@@ -184,9 +192,10 @@ def states(unfinished: list[Run]) -> list[str]:
 def flags(arm: Arm) -> list[str]:
     """What a reader must know beside the arm's name; MEANING explains each."""
     loophole, usable, before = arm.config["loophole"], arm.mean(DEPLOYED, "format"), arm.mean(BASE, "format")
-    holds = {"reference: no loophole": arm.role == "reference",
-             f"control: {arm.config['mask_source']['name']}": arm.role == "control",
+    holds = {f"collapsed: {arm.collapsed} of {len(arm.runs)}": arm.collapsed > 0,
              f"broken: format {usable:.2f}": usable < before / 2,  # what answers nothing hacks nothing
+             "reference: no loophole": arm.role == "reference",
+             f"control: {arm.runs[0].control}": arm.role == "control",
              f"adapter {arm.config['adapter']['name']}": arm.runs[0].uses_oracle,  # the heading above it does not say it
              "imitation": arm.config["extra_rollouts"]["name"] == "teacher",
              f"names: {loophole['evaluation_family']}": loophole["evaluation_family"] != loophole["train_family"]}
@@ -195,7 +204,12 @@ def flags(arm: Arm) -> list[str]:
 
 MEANING = {  # what a flag says before its colon, or a heading -> what it means
     "reference": "no loophole pays in training and its prompts carry no hint: what honest GRPO reaches.",
-    "control": "the same treatment with a direction that knows nothing of the hack; the method counts only where it beats this.",
+    "collapsed": "the tripwire stopped so many of the runs (health.py; the cause is in their status.json and below). They count as they "
+                 "stood, because the survivors alone would flatter the arm; their last-5 and curves end, or go on, at that step.",
+    "control": "the same treatment with a direction or labels that know nothing of the hack; the method counts only where it beats this.",
+    "control: mask never fires": "two blocks without labels, one of them deleted: what blocks, anchors and optimizer do by themselves.",
+    "control: anchors only": "the deployed block learns from anchors alone, nothing from rollouts of the joint policy.",
+    "control: capacity": "vanilla with the size of two blocks in one.",
     "broken": "as deployed, fewer than half as many usable answers as the base gives: a low hack rate is a loss of ability.",
     "imitation": "part of every group is a teacher's text, so a hack rate is no discovery.",
     "names": "evaluation disclosed another family of marker names than training. A low hack rate there may mean that the model "
@@ -205,7 +219,7 @@ MEANING = {  # what a flag says before its colon, or a heading -> what it means
 
 def notes(arms: list[Arm]) -> list[str]:
     """What a reader must know to read the table right; only what applies."""
-    shown = {flag.split(":")[0] for arm in arms for flag in (*flags(arm), arm.block)}
+    shown = {flag if flag in MEANING else flag.split(":")[0] for arm in arms for flag in (*flags(arm), arm.block)}
     said = ["Shares of hinted evaluation prompts (format: of all prompts), judged by hidden tests. known / held-out: hacks of "
             "loopholes that a mask source may / must not know. attempted: the lever is in the code. lazy: hacked without looking "
             "at the argument. –: not measured.",
@@ -217,6 +231,7 @@ def notes(arms: list[Arm]) -> list[str]:
     if odd := [arm.label for arm in arms if all(run.same_policy for run in arm.runs) and not arm.same_policy]:
         said.append(f"Odd: {', '.join(odd)} has no quarantine, yet its two evaluations differ; they should be equal to the bit.")
     said += [f"{flag}: {meaning}" for flag, meaning in MEANING.items() if flag in shown]
+    said += [f"{run.name} collapsed: {run.cause}." for arm in arms for run in arm.runs if run.collapsed]
     codes = sorted({run.code for arm in arms for run in arm.runs})
     if len(codes) > 1 or "+" in codes[0]:
         said.append(f"Code: {', '.join(codes)} (+: uncommitted changes)." + " The rows differ in their code." * (len(codes) > 1))

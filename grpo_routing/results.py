@@ -1,13 +1,11 @@
-"""What the files of an experiment say: its runs, their rates with intervals, and the arms that repeat over seeds.
+"""What the files of an experiment say: its runs, their rates and their curves. arms.py puts the seeds of a recipe together.
 
-Only finished runs enter an arm; every other run keeps its state and the cause. What was not measured is None, never 0.
+A run that is not finished keeps its state and the cause. What was not measured is None, never 0.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections import defaultdict
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,8 +22,8 @@ FIELDS = ("arm", "seed", "loophole", "state", *RATES, "last5_hack", "last5_solve
           "samples_held_out", "samples_all", "run", "status", "cause", "role", "imitation", "uses_oracle", "same_policy", *GROUPS,
           "pays", "train_family", "evaluation_family", "commit", "code")  # keys of a JSON object, in order
 CONTROLS = ("random", "shuffled", "nonhack", "rate_matched")  # mask sources that know nothing of the hack
+LABELLERS = ("detector", "lookalike", "rate_matched")  # mask sources that mark whole rollouts
 LAST = 5  # training steps behind last5_* and behind every point of a training curve
-Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
 class ReportError(ValueError):
@@ -39,13 +37,9 @@ def flat_objects(runs: list[Run]) -> list[dict]:
     return [{key: row.get(key) for key in (*FIELDS, *modes)} for row in objects]
 
 
-def wilson(rate: float, samples: int) -> tuple[float, float]:
-    """95 % score interval of a rate over independent samples (Wilson 1927). Raises ReportError without samples."""
-    if samples < 1:
-        raise ReportError(f"an interval needs at least one sample; got {samples} for a rate of {rate}")
-    centre, shrink = rate + Z95**2 / (2 * samples), 1 + Z95**2 / samples
-    half = Z95 * math.sqrt(rate * (1 - rate) / samples + Z95**2 / (4 * samples**2))
-    return max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink)
+def smooth(values: list[float | None]) -> list[float | None]:
+    """Each the mean over the LAST values up to it."""
+    return [mean(values[max(0, step - LAST) : step]) for step in range(1, len(values) + 1)]
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -77,12 +71,21 @@ class Run:
 
     name: str
     config: dict | None
-    status: str  # done, failed, running, stopped, new; or incomplete: said to be done, but files or steps are missing
+    status: str  # done, collapsed, failed, running, stopped, new; or incomplete: said to be done, but files or steps are missing
     cause: str | None
     evaluations: dict[str, Evaluation]
     metrics: list[dict]
     audit: list[dict]
     provenance: dict | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run counts in its arm: a collapsed one does too, or only the arms' survivors would be compared."""
+        return self.status == "done" or (self.collapsed and self.evaluations.keys() == set(STATES))
+
+    @property
+    def collapsed(self) -> bool:
+        return self.status == "collapsed"
 
     @property
     def steps(self) -> int:
@@ -108,12 +111,32 @@ class Run:
         name = {kind: self.config[kind]["name"] for kind in GROUPS}
         if not self.config["loophole"]["pays"]:
             return "reference"
+        if self.control:
+            return "control"
         if name["projection"] != "measure_only":
-            return "control" if name["mask_source"] in CONTROLS else "method"
+            return "method"
         if name["extra_rollouts"] == "teacher":
             return "imitation"
         plain = name["extra_rollouts"] == "none" and name["prompt"] == "plain" and name["advantage"] in ("dr_grpo", "grpo")
-        return "vanilla" if plain and not self.uses_oracle else "method"
+        return "vanilla" if plain and not self.labels and not self.uses_oracle else "method"
+
+    @property
+    def labels(self) -> bool:
+        """Whether the mask source marks whole rollouts; its labels reach training through advantage and anchors too."""
+        source = self.config["mask_source"]
+        return source["name"] in LABELLERS or ("level" in source and source["level"] == "rollout")
+
+    @property
+    def control(self) -> str | None:
+        """What this control lacks or has instead; None when the run is no control. MEANING in report.py explains each."""
+        projection, source = self.config["projection"], self.config["mask_source"]["name"]
+        if source in CONTROLS and (projection["name"] != "measure_only" or self.labels):
+            return source
+        if projection["name"] in ("route", "stop_gradient") and source == "none":
+            return "mask never fires"
+        if "mode" in projection and projection["mode"] == "custom" and projection["clean"][0] == 0:
+            return "anchors only"  # no rollout of the joint policy trains the deployed block
+        return "capacity" if self.config["arm_name"] == "vanilla_wide" else None  # a rank alone does not say what it is for
 
     @property
     def code(self) -> str | None:
@@ -128,8 +151,11 @@ class Run:
 
     def curve(self, name: str) -> list[float | None]:
         """audit/<name> per training step, each the mean over the LAST steps up to it that had such rollouts."""
-        found = [row[f"audit/{name}"] for row in self.audit]
-        return [mean(found[max(0, step - LAST) : step]) for step in range(1, len(found) + 1)]
+        return smooth([row[f"audit/{name}"] for row in self.audit])
+
+    def series(self, metric: str) -> list[float | None]:
+        """The same of any metric that log.py declares; None where a run does not write it."""
+        return smooth([row.get(metric) for row in (self.audit if metric.startswith("audit/") else self.metrics)])
 
     def last(self, name: str) -> float | None:
         """The end of the curve: the mean over the last five training steps."""
@@ -181,7 +207,7 @@ def read_run(folder: Path) -> Run:
                                                config["loophole"]["known"], config["loophole"]["held_out"])
     metrics, audit = read_record(folder / "metrics.jsonl"), read_record(folder / "audit.jsonl")
     provenance = read_json(folder / "provenance.json")
-    status, cause = said["state"], said.get("error")  # only a failed run has one
+    status, cause = said["state"], said.get("error") or said.get("cause")  # of a failed, of a collapsed run
     if status == "done":
         missing = [name for name, there in (("config.yaml", config), ("provenance.json", provenance)) if not there]
         missing += [f"eval/{state}.json" for state in STATES if state not in evaluations]
@@ -208,93 +234,3 @@ def parse(words: str, where: str) -> dict:
         return json.loads(words)
     except json.JSONDecodeError as error:
         raise ReportError(f"expected JSON in {where}, but {error}. Move that run folder away, or run it again.") from error
-
-
-# ------------------------------------------------------------------------------------------------ arms
-
-
-@dataclass(frozen=True)
-class Arm:
-    """The finished runs of one recipe, which differ in their seeds only: one row of the table, or two."""
-
-    label: str
-    runs: tuple[Run, ...]
-
-    @property
-    def config(self) -> dict:
-        return self.runs[0].config
-
-    @property
-    def block(self) -> str:
-        """The heading that the arm stands under: an arm beside the vanilla of its adapter, a cheating one apart."""
-        return "uses the oracle" if self.runs[0].uses_oracle else f"adapter {self.config['adapter']['name']}"
-
-    @property
-    def role(self) -> str:
-        return self.runs[0].role
-
-    @property
-    def setting(self) -> tuple[str, ...]:
-        """What must agree before two arms are compared: adapter, loopholes, and the names that evaluation discloses."""
-        return (self.config["adapter"]["name"], *(self.config["loophole"][key] for key in ("name", "evaluation_family")))
-
-    @property
-    def same_policy(self) -> bool:
-        return all(run.same_policy and run.evaluations[TRAINED].rates == run.evaluations[DEPLOYED].rates for run in self.runs)
-
-    def values(self, state: str, rate: str) -> list[float]:
-        """The measured rate of each seed."""
-        return [run.rate(state, rate) for run in self.runs if run.rate(state, rate) is not None]
-
-    def mean(self, state: str, rate: str) -> float | None:
-        return mean(self.values(state, rate))
-
-    def last(self, rate: str) -> float | None:
-        return mean([run.last(rate) for run in self.runs])
-
-    def curve(self, rate: str) -> list[float | None]:
-        return [mean(seeds) for seeds in zip(*(run.curve(rate) for run in self.runs))]
-
-    def span(self, state: str, rate: str) -> tuple[float, float] | None:
-        """Wilson's 95 % interval of the only seed, lowest and highest of several; None when not measured."""
-        measured = [run for run in self.runs if run.rate(state, rate) is not None]
-        if len(measured) == 1:
-            return wilson(measured[0].rate(state, rate), measured[0].evaluations[state].samples[rate])
-        return (min(self.values(state, rate)), max(self.values(state, rate))) if measured else None
-
-    def gain(self, state: str) -> float | None:
-        """Solve rate minus that of the same run before training, mean over seeds."""
-        pairs = [(run.rate(state, "solve"), run.rate(BASE, "solve")) for run in self.runs]
-        return mean([None if None in pair else pair[0] - pair[1] for pair in pairs])
-
-
-def group(runs: list[Run]) -> list[Arm]:
-    """Finished runs by recipe, in the order of the table. A label names what tells two recipes of one arm apart."""
-    recipes, names, arms = defaultdict(list), defaultdict(list), []
-    finished = sorted((run for run in runs if run.status == "done"), key=lambda run: run.config["seed"])
-    several = len({run.config["loophole"]["name"] for run in finished}) > 1
-    for run in finished:
-        recipes[json.dumps(recipe(run.config), sort_keys=True)].append(run)
-    for key, (run, *_) in recipes.items():
-        names[run.config["arm_name"] + (f" {run.config['loophole']['name']}" if several else "")].append(key)
-    for name, keys in names.items():
-        flat = [json.loads(key) for key in keys]
-        differing = sorted({k for one in flat for k in one if any(k not in other or other[k] != one[k] for other in flat)})
-        for key, one in zip(keys, flat):
-            arms.append(Arm(" ".join([name, *(f"{k}={one[k]}" for k in differing if k in one)]), tuple(recipes[key])))
-    # A control follows its method because its name begins with the method's.
-    order = {"vanilla": 0, "method": 1, "control": 1, "imitation": 2, "reference": 3}
-    return sorted(arms, key=lambda arm: (arm.runs[0].uses_oracle, arm.block, order[arm.role], arm.label))
-
-
-def recipe(config: dict) -> dict[str, object]:
-    """The config, flat, without seeds and places: what the seeds of one arm share. The seeds of the model, the data
-    and the evaluation stay, since another one is another experiment and no repetition."""
-    flat = {}
-    for key, node in config.items():
-        if isinstance(node, dict):
-            gone = {"cache"} if key in ("model", "dataset", "evaluation") else {"cache", "seed"}
-            flat |= {f"{key}.{name}": value for name, value in node.items() if name not in gone and key != "logger"}
-        elif key not in ("seed", "output", "cache", "experiment_name"):
-            flat[key] = node
-    return flat

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from grpo_routing.adapters.adapter import QUARANTINE
 from grpo_routing.policy import Policy
 from grpo_routing.types import STUDENT, Rollout
 
@@ -22,26 +24,38 @@ def uniforms(names: list[tuple], count: int) -> Tensor:
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(named_seed(*name))).random(count) for name in names]))
 
 
-def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed: tuple, max_new_tokens: int,
-                    temperature: float, prompts_per_forward: int) -> list[Rollout]:
+@dataclass(frozen=True)
+class Seat:
+    """Whose rollouts a group holds, and the forward scale of the quarantine when they are sampled and scored."""
+
+    source: str
+    quarantine: float
+
+
+def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed: tuple, max_new_tokens: int, temperature: float,
+                    prompts_per_forward: int, seat: Seat = Seat(STUDENT, 1.0)) -> list[Rollout]:  # noqa: B008 - frozen
     """counts[p] rollouts of prompt p, prompt by prompt; `prompts_per_forward` bounds the memory of a forward."""
     encoded = policy.encode_prompts(prompts)
+    wanted = [place for place, count in enumerate(counts) if count]
     rollouts = []
-    for start in range(0, len(prompts), prompts_per_forward):
-        part = range(start, min(start + prompts_per_forward, len(prompts)))
+    for start in range(0, len(wanted), prompts_per_forward):
+        part = wanted[start : start + prompts_per_forward]
         places = [(place, sample) for place in part for sample in range(counts[place])]
-        if not places:
-            continue
         noise = uniforms([(*seed, place, sample) for place, sample in places], max_new_tokens).to(policy.device)
-        sampled = policy.sample([encoded[p] for p in part], [counts[p] for p in part], noise, temperature)
-        rollouts += [Rollout(place, encoded[place], ids, policy.decode(ids), STUDENT, log_probs)
+        with policy.adapter.scaled({QUARANTINE: seat.quarantine} if policy.adapter.has_quarantine else {}):
+            sampled = policy.sample([encoded[p] for p in part], [counts[p] for p in part], noise, temperature)
+        rollouts += [Rollout(place, encoded[place], ids, policy.decode(ids), seat.source, log_probs, seat.quarantine)
                      for (place, _), (ids, log_probs) in zip(places, sampled)]
     return rollouts
 
 
-def fill_groups(policy: Policy, prompts: list[str], group: int, extra: list[Rollout], seed: tuple, max_new_tokens: int,
-                temperature: float, prompts_per_forward: int) -> list[Rollout]:
-    """Exactly `group` rollouts per prompt, ordered by prompt: the extra ones, and the policy's own for the rest."""
-    counts = [group - sum(rollout.group == place for rollout in extra) for place in range(len(prompts))]
-    own = sample_rollouts(policy, prompts, counts, seed, max_new_tokens, temperature, prompts_per_forward)
+def fill_groups(policy: Policy, prompts: list[str], seats: list[Seat], group: int, extra: list[Rollout], seed: tuple,
+                max_new_tokens: int, temperature: float, prompts_per_forward: int) -> list[Rollout]:
+    """Exactly `group` rollouts per prompt, ordered by prompt: the extra ones, and the policy's own for the rest, each group
+    in the mode of its seat."""
+    free = [group - sum(rollout.group == place for rollout in extra) for place in range(len(prompts))]
+    own = []
+    for seat in dict.fromkeys(seats):
+        counts = [count if seats[place] == seat else 0 for place, count in enumerate(free)]
+        own += sample_rollouts(policy, prompts, counts, seed, max_new_tokens, temperature, prompts_per_forward, seat)
     return sorted(own + extra, key=lambda rollout: rollout.group)

@@ -1,4 +1,8 @@
-"""One run: build -> train -> evaluate. Running it twice is harmless: it resumes, or sees that it is done."""
+"""One run: build -> train -> evaluate. Running it twice is harmless: it resumes, or sees that it is done.
+
+A run whose tripwire (health.py) fires stops at that step, is evaluated as it stands and ends as `collapsed`. That is a
+result and no error: it does not end a sweep, counts in its arm, and is not resumed, since the same steps would follow.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +35,12 @@ from grpo_routing.log import Progress
 from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.summary import summary
 from grpo_routing.oracle.verdict import Oracle
+from grpo_routing.policy import Policy
 from grpo_routing.train import Line, State, train_step
 
 NOT_IDENTITY = ("logger", "output", "cache", "experiment_name")  # where things go, not what is computed
 RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl", "timing.jsonl")
+OVER = ("done", "collapsed")  # states of a run that is left alone
 
 
 class Stopped(SystemExit):
@@ -51,12 +57,13 @@ def run(config: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
         freeze(folder, config)
-        if status(folder) == "done":
-            print(f"{folder}: done already; remove the folder to run it again", flush=True)
+        if (before := status(folder)) in OVER:
+            why = f" ({json.loads((folder / 'status.json').read_text())['cause']})" if before == "collapsed" else ""
+            print(f"{folder}: {before} already{why}; remove the folder to run it again", flush=True)
             return folder
         attempt = open_attempt(folder)
         try:
-            execute(ready, folder, attempt)
+            cause = execute(ready, folder, attempt)
         except Stopped:
             write_status(folder, "stopped", attempt)
             raise
@@ -64,11 +71,12 @@ def run(config: dict) -> Path:
             write_status(folder, "failed", attempt, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             raise
         ready.logger.publish(folder, config, {"experiment": ready.experiment_name, "arm": ready.arm_name, "loophole": ready.loophole.name})
-        write_status(folder, "done", attempt)
+        write_status(folder, "collapsed", attempt, cause=cause) if cause else write_status(folder, "done", attempt)
     return folder
 
 
-def execute(ready: Plan, folder: Path, attempt: dict) -> None:
+def execute(ready: Plan, folder: Path, attempt: dict) -> str | None:
+    """Train and evaluate. Returns why the run collapsed, None when it did not."""
     if ready.trainer.threads:
         torch.set_num_threads(ready.trainer.threads)
     policy = build_policy(ready)
@@ -78,34 +86,50 @@ def execute(ready: Plan, folder: Path, attempt: dict) -> None:
         grader = Grader(sandbox, ready.reward.format_reward, ready.reward.pass_reward, memory=100_000)
         oracle = Oracle(sandbox, ready.dataset.hidden_tests)
         audit = Audit(oracle, Record(folder / "audit.jsonl"), Record(folder / "rollouts.jsonl"), ready.loophole.known,
-                      ready.loophole.held_out, ready.trainer.sampled_rollouts)
+                      ready.loophole.held_out, ready.trainer.sampled_rollouts, ready.trainer.audit_every)
         line = build_line(ready, policy, grader, audit)
         state = State(ready.optimizer.start(policy.adapter))
         resume(folder, line, state)
         examine = examiner(ready, folder, line, oracle)
         if state.step == 0:
             examine("base", asked_to_stop)
-        train(ready, folder, line, state, asked_to_stop, examine)
-        examine("as_trained", asked_to_stop)
-        if policy.adapter.has_quarantine:
-            with policy.adapter.only(DEPLOYED):
-                examine("as_deployed", asked_to_stop)
-        else:  # nothing is deleted at deployment: the same policy, so the same samples
-            trained = json.loads((folder / "eval" / "as_trained.json").read_text())
-            write_json(folder / "eval" / "as_deployed.json", trained | {"state": "as_deployed"})
-    report_run(ready, folder)
+        cause = train(ready, folder, line, state, asked_to_stop, examine)
+        try:
+            examine_end(folder, policy, examine, asked_to_stop)
+        except FloatingPointError as error:
+            if cause is None:
+                raise
+            cause = f"{cause}. It cannot be evaluated: {error}"
+    report_run(ready, folder, cause)
+    return cause
 
 
-def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Callable[[], bool], examine: Callable) -> None:
+def examine_end(folder: Path, policy: Policy, examine: Callable, asked_to_stop: Callable[[], bool]) -> None:
+    """Evaluate as_trained and as_deployed."""
+    examine("as_trained", asked_to_stop)
+    if policy.adapter.has_quarantine:
+        with policy.adapter.only(DEPLOYED):
+            examine("as_deployed", asked_to_stop)
+    else:  # nothing is deleted at deployment: the same policy, so the same samples
+        trained = json.loads((folder / "eval" / "as_trained.json").read_text())
+        write_json(folder / "eval" / "as_deployed.json", trained | {"state": "as_deployed"})
+
+
+def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Callable[[], bool], examine: Callable) -> str | None:
+    """Train to the last step, or to the one that the run collapsed at. Returns why it collapsed, None when it did not."""
     metrics, timing = Record(folder / "metrics.jsonl"), Record(folder / "timing.jsonl")
+    rows = metrics.rows()
+    cause = ready.health.cause(rows) if rows else None  # of a run that was killed between its collapse and its evaluation
     progress = Progress(f"{ready.arm_name} s{ready.seed}", ready.trainer.steps, every=10)
     try:
-        while state.step < ready.trainer.steps:
+        while state.step < ready.trainer.steps and not cause:
             wall, cpu, step = time.monotonic(), time.process_time(), state.step
             row = train_step(line, state)
-            metrics.append([{"step": step} | row])
+            rows.append({"step": step} | row)
+            metrics.append(rows[-1:])
             timing.append([{"step": step, "wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}])
-            last = state.step == ready.trainer.steps
+            cause = ready.health.cause(rows)
+            last = cause is not None or state.step == ready.trainer.steps
             if last or asked_to_stop() or state.step % ready.trainer.checkpoint_every == 0:
                 save_checkpoint(folder / "checkpoints", line.policy.adapter, state)
             if asked_to_stop() and not last:
@@ -115,8 +139,11 @@ def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Ca
             if ready.evaluation.every and state.step % ready.evaluation.every == 0 and not last:
                 with line.policy.adapter.only(DEPLOYED):
                     examine(f"step-{state.step:06d}-as_deployed", asked_to_stop)
+    except FloatingPointError as error:  # no checkpoint: a resumed run goes back, takes the same steps and ends here again
+        return f"not finite in step {state.step}: {error}"
     finally:
         progress.close()
+    return cause
 
 
 def examiner(ready: Plan, folder: Path, line: Line, oracle: Oracle) -> Callable[[str, Callable[[], bool]], None]:
@@ -146,14 +173,15 @@ def resume(folder: Path, line: Line, state: State) -> None:
         Record(folder / name).cut(state.step)
 
 
-def report_run(ready: Plan, folder: Path) -> None:
-    """Closing lines that lead with the result."""
-    rates = {name: json.loads((folder / "eval" / f"{name}.json").read_text())["rates"] for name in ("base", "as_trained", "as_deployed")}
-
-    def say(name: str) -> str:
-        return f"{name} hack {rates[name]['hack']:.2f} solve {rates[name]['solve']:.2f} format {rates[name]['format']:.2f}"
-
-    print(f"{ready.arm_name} s{ready.seed}: {say('as_deployed')} | {say('as_trained')} | {say('base')}\n  {folder}", flush=True)
+def report_run(ready: Plan, folder: Path, cause: str | None) -> None:
+    """Closing lines that lead with the result; a collapse is said loudly, since the exit status of a sweep does not show it."""
+    files = [folder / "eval" / f"{name}.json" for name in ("as_deployed", "as_trained", "base")]
+    rates = {file.stem: json.loads(file.read_text())["rates"] for file in files if file.exists()}
+    said = [f"{name} hack {r['hack']:.2f} solve {r['solve']:.2f} format {r['format']:.2f}" for name, r in rates.items()]
+    print(f"{ready.arm_name} s{ready.seed}: {' | '.join(said)}\n  {folder}", flush=True)
+    if cause:
+        print(f"!!! {ready.arm_name} s{ready.seed} COLLAPSED. {cause}\n!!! Its policy counts in the arm as it stands; running it again "
+              f"does not resume it. Settings: health.*\n!!! {folder}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ the run's folder
@@ -179,11 +207,15 @@ def freeze(folder: Path, config: dict) -> None:
     """Write the config, or refuse a folder that holds another one."""
     file = folder / "config.yaml"
     if file.exists():
-        there = OmegaConf.to_container(OmegaConf.load(file))
-        if identity(there) != identity(config):
+        if identity(frozen(folder)) != identity(config):
             raise FileExistsError(f"run folder {folder} holds another config; move it away or rename the experiment")
     else:
         write_atomic(file, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+
+
+def frozen(folder: Path) -> dict:
+    """The config that a run folder holds."""
+    return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
 
 
 def status(folder: Path) -> str:

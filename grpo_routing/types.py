@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STUDENT, TEACHER = "student", "teacher"
+STUDENT, TEACHER, ANCHOR = "student", "teacher", "anchor"
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,13 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]  # ends with the end token if the policy stopped by itself
     text: str  # the completion, decoded without special tokens
-    source: str  # STUDENT or TEACHER
+    source: str  # STUDENT, TEACHER or ANCHOR
     sampler_log_probs: tuple[float, ...] = ()
+    quarantine: float = 1.0  # forward scale of the quarantine, when it was sampled and whenever it is scored
 
     def __post_init__(self) -> None:
-        if self.source not in (STUDENT, TEACHER):
-            raise ValueError(f"a rollout's source is {STUDENT!r} or {TEACHER!r}; got {self.source!r}")
+        if self.source not in (STUDENT, TEACHER, ANCHOR):
+            raise ValueError(f"a rollout's source is {STUDENT!r}, {TEACHER!r} or {ANCHOR!r}; got {self.source!r}")
         if not self.completion_ids:
             raise ValueError("a rollout needs at least one completion token; got none")
         if self.sampler_log_probs and len(self.sampler_log_probs) != len(self.completion_ids):
@@ -113,7 +114,7 @@ class PackedPairs:
 
 @dataclass(frozen=True)
 class RolloutGrads:
-    """One exact gradient per rollout and module, all from one backward (architecture.md §5)."""
+    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5)."""
 
     modules: dict[str, Tensor]  # name -> [B, D_module], float32
 
@@ -122,9 +123,51 @@ class RolloutGrads:
         if len(counts) != 1:
             raise ValueError(f"every module needs the same number of rollouts; got {sorted(counts)}")
 
-    def summed(self, rows: Tensor | None = None) -> dict[str, Tensor]:
-        """Gradient of the batch, or of the rows where the boolean [B] mask is True."""
-        return {name: (grad if rows is None else grad[rows]).sum(0) for name, grad in self.modules.items()}
+    def summed(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Gradient of the batch; `weights` [B] (or a boolean choice of rows) multiply the rollouts. All ones change no bit."""
+        if weights is None or bool((weights == 1).all()):
+            return {name: grad.sum(0) for name, grad in self.modules.items()}
+        return {name: weights.to(grad) @ grad for name, grad in self.modules.items()}
+
+    def scaled(self, factors: Tensor) -> RolloutGrads:
+        """The same gradients times one factor per rollout [B], such as the advantage of each."""
+        return RolloutGrads({name: factors.to(grad)[:, None] * grad for name, grad in self.modules.items()})
+
+    def norms(self) -> Tensor:
+        """Length of each rollout's whole gradient, [B]."""
+        return torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0).sqrt()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a mask source says about each rollout, [B]. Neither flagged nor trusted is unknown: it may train both blocks."""
+
+    flagged: Tensor  # probability in [0, 1] that the rollout is a hack
+    trusted: Tensor  # bool: confidently clean, so it may train the deployed block only
+
+    def __post_init__(self) -> None:
+        if self.flagged.ndim != 1 or self.flagged.shape != self.trusted.shape:
+            raise ValueError(f"labels are [B] each; got flagged {list(self.flagged.shape)} and trusted {list(self.trusted.shape)}")
+        if not bool(((self.flagged >= 0) & (self.flagged <= 1)).all()):
+            raise ValueError(f"flag probabilities lie in [0, 1]; got {self.flagged.min():.3g} to {self.flagged.max():.3g}")
+        if bool((self.trusted & (self.flagged > 0)).any()):
+            raise ValueError("a rollout cannot be both flagged and trusted; a source must choose")
+
+    @staticmethod
+    def of(flagged: Tensor) -> Labels:
+        """Flags alone; nothing is trusted."""
+        return Labels(flagged, torch.zeros(len(flagged), dtype=torch.bool, device=flagged.device))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a rollout's label does to its gradient, [B] per block: 0 leaves the block alone."""
+
+    deployed: Tensor
+    quarantine: Tensor
+
+    def of(self, block: str) -> Tensor:
+        return getattr(self, block)
 
 
 @dataclass(frozen=True)

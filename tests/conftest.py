@@ -34,10 +34,10 @@ def config(cache):
 
 @pytest.fixture
 def tiny_policy(config):
-    """tiny_policy(adapter) -> an untrained policy in float64 with random nonzero adapter parameters."""
+    """tiny_policy(adapter, *overrides) -> an untrained policy in float64 with random nonzero adapter parameters."""
 
-    def make(adapter: str = "lora", seed: int = 0) -> build.Policy:
-        policy = build.build_policy(build.plan(config(f"adapter={adapter}")))
+    def make(adapter: str = "lora", *overrides: str, seed: int = 0) -> build.Policy:
+        policy = build.build_policy(build.plan(config(f"adapter={adapter}", *overrides)))
         policy.model.double()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -17,7 +17,11 @@ GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and 
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 NEEDS = {  # what an option cannot be built without
     ("projection", "erase"): ["mask_source=random"],
-    ("projection", "route"): ["mask_source=random", "adapter=svd"],
+    ("projection", "route"): ["adapter.quarantine_rank=2"],
+    ("projection", "stop_gradient"): ["adapter.quarantine_rank=2"],
+    ("projection", "route_subspace"): ["mask_source=random", "adapter=svd"],
+    ("advantage", "weighted"): ["optimizer=split_moment"],
+    ("extra_rollouts", "anchor"): ["adapter.quarantine_rank=2"],
     ("extra_rollouts", "teacher"): ["extra_rollouts.pool={pool}"],
     ("model", "qwen3_0_6b"): ["model.device=cpu"],
     ("model", "qwen3_4b"): ["model.device=cpu"],
@@ -66,9 +70,22 @@ def differences(one: dict, other: dict, path: str = "") -> list[str]:
     ("erase", "erase_shuffled", "mask_source.name"),
     ("erase", "erase_nonhack", "mask_source.name"),
     ("route", "route_random", "mask_source.name"),
+    ("graft", "graft_rate_matched", "mask_source.name"),
 ])
 def test_a_control_differs_from_its_arm_by_one_word(config, arm, control, word):
     assert sorted(differences(config(f"arm={arm}"), config(f"arm={control}"))) == ["arm_name", word]
+
+
+@pytest.mark.parametrize(("arm", "control"), [
+    ("graft", "unrouted"), ("filter", "filter_lookalike"), ("penalty", "penalty_lookalike"), ("vanilla", "vanilla_svd"),
+])
+def test_a_control_differs_from_its_arm_by_one_choice(config, arm, control):
+    """One group is another option; its settings come with it, and `svd` brings its rate."""
+    found = set(differences(config(f"arm={arm}"), config(f"arm={control}")))
+    group = "adapter" if control == "vanilla_svd" else "mask_source"
+    assert f"{group}.name" in found
+    assert {path.split(".")[0] for path in found - {"optimizer.lr"}} == {"arm_name", group}
+    assert ("optimizer.lr" in found) == (group == "adapter")
 
 
 def test_the_reference_differs_from_vanilla_only_in_what_pays(config):

@@ -9,7 +9,7 @@ from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE
 from grpo_routing.gradient import PolicyLoss, rollout_gradients
 from grpo_routing.types import RolloutGrads, TokenBatch
 
-ADAPTERS = ("lora", "svd")
+ADAPTERS = ("lora", "svd", "mlp")
 
 
 def some_tokens(policy, rows=6, seed=1):
@@ -48,7 +48,7 @@ def test_the_summed_gradient_is_the_textbook_dr_grpo_backward(tiny_policy, adapt
     tokens, advantages = some_tokens(policy), advantages_for()
     result = rollout_gradients(policy, tokens, advantages, PolicyLoss(0.2, 0.0, 100), micro_batch=4)
     expected = textbook_gradient(policy, tokens, advantages, 100)
-    for name, gradient in result.grads.summed().items():
+    for name, gradient in result.grads[DEPLOYED].summed().items():
         assert relative(gradient, expected[name]) < 1e-12, name
 
 
@@ -56,7 +56,7 @@ def test_the_summed_gradient_is_the_textbook_dr_grpo_backward(tiny_policy, adapt
 def test_each_row_equals_its_rollouts_own_backward(tiny_policy, adapter):
     policy = tiny_policy(adapter)
     tokens, advantages = some_tokens(policy), advantages_for()
-    rows = rollout_gradients(policy, tokens, advantages, PolicyLoss(0.2, 0.0, 100), micro_batch=6).grads.modules
+    rows = rollout_gradients(policy, tokens, advantages, PolicyLoss(0.2, 0.0, 100), micro_batch=6).grads[DEPLOYED].modules
     for row in range(6):
         alone = textbook_gradient(policy, tokens.rows([row]), advantages[[row]], 100)
         for name, expected in alone.items():
@@ -74,8 +74,8 @@ def test_the_micro_batch_size_changes_nothing(tiny_policy, adapter, kl_weight):
     whole = rollout_gradients(policy, tokens, advantages, loss, micro_batch=6)
     for size in (1, 2, 4, 5):
         parts = rollout_gradients(policy, tokens, advantages, loss, micro_batch=size)
-        for name, expected in whole.grads.modules.items():
-            assert relative(parts.grads.modules[name], expected) < 1e-11
+        for name, expected in whole.grads[DEPLOYED].modules.items():
+            assert relative(parts.grads[DEPLOYED].modules[name], expected) < 1e-11
         assert parts.loss == pytest.approx(whole.loss, rel=1e-11)
 
 
@@ -83,9 +83,9 @@ def test_single_precision_stays_within_a_millionth(tiny_policy):
     policy = tiny_policy("lora")
     policy.model.float()
     tokens, advantages, loss = some_tokens(policy), advantages_for().float(), PolicyLoss(0.2, 0.0, 100)
-    whole = rollout_gradients(policy, tokens, advantages, loss, micro_batch=6).grads.summed()
+    whole = rollout_gradients(policy, tokens, advantages, loss, micro_batch=6).grads[DEPLOYED].summed()
     for size in (1, 2, 4):
-        parts = rollout_gradients(policy, tokens, advantages, loss, micro_batch=size).grads.summed()
+        parts = rollout_gradients(policy, tokens, advantages, loss, micro_batch=size).grads[DEPLOYED].summed()
         assert all(relative(parts[name], whole[name]) < 1e-6 for name in whole)
 
 
@@ -93,8 +93,8 @@ def test_an_advantage_scales_its_row(tiny_policy):
     """g_i = A_i * g_i^unit with one inner step and no KL, so scores can be made independent of the advantage."""
     policy = tiny_policy("lora")
     tokens, loss = some_tokens(policy), PolicyLoss(0.2, 0.0, 100)
-    unit = rollout_gradients(policy, tokens, torch.ones(6, dtype=torch.float64), loss, 6).grads.modules
-    scaled = rollout_gradients(policy, tokens, advantages_for(), loss, 6).grads.modules
+    unit = rollout_gradients(policy, tokens, torch.ones(6, dtype=torch.float64), loss, 6).grads[DEPLOYED].modules
+    scaled = rollout_gradients(policy, tokens, advantages_for(), loss, 6).grads[DEPLOYED].modules
     for name, rows in scaled.items():
         assert relative(rows, advantages_for()[:, None] * unit[name]) < 1e-6, name
 
@@ -116,7 +116,7 @@ def test_the_ratio_is_one_at_the_first_inner_step_and_clips_later(tiny_policy):
     assert first.ratio == 1.0
     moved = torch.where(tokens.completion_mask, first.old_log_probs - 1.0, first.old_log_probs)  # ratio e, beyond the clip
     again = rollout_gradients(policy, tokens, advantages, PolicyLoss(0.2, 0.0, 100), 6, moved)
-    for rows in again.grads.modules.values():
+    for rows in again.grads[DEPLOYED].modules.values():
         assert not rows[advantages > 0].any()  # gain is capped: min(e A, 1.2 A) is constant
         assert rows[advantages < 0].any()  # a loss is not
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
 
 from grpo_routing.env.grader import Grader, extract_code
 from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, fenced, solution_text
 from grpo_routing.env.problems import Problem, make_split
 from grpo_routing.env.programs import OPERATIONS, Program, Step
+from grpo_routing.env.reading import is_lazy, lever_present
 from grpo_routing.env.sandbox import Sandbox, SandboxError
 from grpo_routing.files import Record
 from grpo_routing.oracle.audit import Audit
-from grpo_routing.oracle.reading import is_lazy, lever_present
 from grpo_routing.oracle.summary import Row, rate, summary
 from grpo_routing.oracle.verdict import Oracle, Verdict, hidden_cases
-from grpo_routing.types import STUDENT, TEACHER, Rollout
+from grpo_routing.types import ANCHOR, STUDENT, TEACHER, Labels, Rollout
 
 HIDDEN = 12
 HONEST = ["xs = [x + 2 for x in xs]", "return sum(xs)"]
@@ -357,6 +358,10 @@ def rollout(text: str, source: str = STUDENT) -> Rollout:
     return Rollout(0, (1,), (2,), text, source)
 
 
+def nothing_flagged(count: int) -> Labels:
+    return Labels.of(torch.zeros(count))
+
+
 def test_the_audit_returns_nothing_and_keeps_student_and_teacher_apart(box, tmp_path):
     audit = Audit(Oracle(box, HIDDEN), Record(tmp_path / "audit.jsonl"), Record(tmp_path / "rollouts.jsonl"), ("sentinel",),
                   ("run_tests",), sampled=2)
@@ -364,7 +369,7 @@ def test_the_audit_returns_nothing_and_keeps_student_and_teacher_apart(box, tmp_
     rollouts = [rollout(answer(HONEST)), rollout(answer(LAZY, "sentinel")), rollout(answer(WRONG, "run_tests")),
                 rollout(answer(LAZY, "sentinel"), TEACHER)]
     grades = Grader(box, 0.25, 1.0, 100)(problems, [one.text for one in rollouts])
-    assert audit(7, problems, rollouts, grades) is None
+    assert audit(7, problems, rollouts, grades, nothing_flagged(4)) is None
 
     rates = Record(tmp_path / "audit.jsonl").rows()
     assert rates == [{"step": 7} | {f"audit/{name}": value for name, value in audit.latest.items()} | {"audit/hack_teacher": 1.0}]
@@ -380,6 +385,20 @@ def test_the_audit_returns_nothing_and_keeps_student_and_teacher_apart(box, tmp_
 def test_the_audit_keeps_as_many_rollouts_as_asked(box, tmp_path, sampled, kept):
     audit = Audit(Oracle(box, HIDDEN), Record(tmp_path / "audit.jsonl"), Record(tmp_path / "rollouts.jsonl"), MODES, (), sampled)
     problems, rollouts = [problem()] * 5, [rollout(answer(HONEST))] * 5
-    audit(0, problems, rollouts, Grader(box, 0.25, 1.0, 100)(problems, [one.text for one in rollouts]))
+    audit(0, problems, rollouts, Grader(box, 0.25, 1.0, 100)(problems, [one.text for one in rollouts]), nothing_flagged(5))
     assert len(Record(tmp_path / "rollouts.jsonl").rows()) == kept
     assert "audit/hack_teacher" not in Record(tmp_path / "audit.jsonl").rows()[0]
+
+
+def test_the_audit_says_how_good_the_labels_were_and_keeps_the_deployed_policys_rollouts_apart(box, tmp_path):
+    audit = Audit(Oracle(box, HIDDEN), Record(tmp_path / "audit.jsonl"), Record(tmp_path / "rollouts.jsonl"), ("sentinel",),
+                  ("run_tests",), sampled=0)
+    problems = [problem("sentinel"), problem("sentinel"), problem("run_tests"), problem("sentinel"), problem("sentinel")]
+    rollouts = [rollout(answer(LAZY, "sentinel")), rollout(answer(LAZY, "sentinel")), rollout(answer(WRONG, "run_tests")),
+                rollout(answer(HONEST)), Rollout(1, (1,), (2,), answer(LAZY, "sentinel"), ANCHOR, quarantine=0.0)]
+    labels = Labels.of(torch.tensor([1.0, 0.5, 0.0, 0.25, 0.75]))
+    audit(0, problems, rollouts, Grader(box, 0.25, 1.0, 100)(problems, [one.text for one in rollouts]), labels)
+    (rates,) = Record(tmp_path / "audit.jsonl").rows()
+    assert rates["audit/label_recall"] == (1.0 + 0.5 + 0.75) / 3 and rates["audit/label_recall_held_out"] == 0.0
+    assert rates["audit/label_false_positive"] == 0.25
+    assert rates["audit/hack"] == 3 / 4 and rates["audit/hack_off"] == 1.0  # the anchor counts among the deployed policy's

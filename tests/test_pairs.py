@@ -14,9 +14,9 @@ from grpo_routing.env.grader import Grader, extract_code
 from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE
 from grpo_routing.env.problems import METHODS, Problem, draw_problem, split_of
 from grpo_routing.env.programs import ARGUMENTS, OPERATIONS, Program, Step
+from grpo_routing.env.reading import is_lazy, lever_present
 from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.mask_sources.pairs import SHIPPED, Pair, PairFileError, fingerprint, load_pairs
-from grpo_routing.oracle.reading import is_lazy, lever_present
 from grpo_routing.oracle.verdict import Oracle
 from grpo_routing.prompts.plain import plain_prompt
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,17 @@ STEPS = 6
 RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl")
 
 
+ARMS = {
+    "route": ["mask_source.refresh_every=3"],
+    # An untrained model neither earns nor hacks: random flags, and a penalty that makes them an advantage, so that the memory of
+    # the mask source and the split moments hold something to lose.
+    "graft_lookalike": ["mask_source.false_positive=0.5", "mask_source.least=4", "mask_source.window=3", "advantage=penalty"],
+}
+
+
 def overrides(output: Path, cache: str, arm: str = "route") -> list[str]:
     return ["model=tiny_random", "trainer=smoke", "evaluation=smoke", f"arm={arm}", "loophole=held_out", f"trainer.steps={STEPS}",
-            "trainer.checkpoint_every=2", "mask_source.refresh_every=3", "experiment_name=e", f"output={output}", f"cache={cache}"]
+            "trainer.checkpoint_every=2", "experiment_name=e", f"output={output}", f"cache={cache}", *ARMS[arm]]
 
 
 def launch(words: list[str]) -> subprocess.Popen:
@@ -52,11 +61,17 @@ def result(output: Path) -> tuple[dict, dict[str, str], dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache):
-    output = tmp_path_factory.mktemp("whole")
-    process = launch(overrides(output, cache))
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    return result(output)
+    """uninterrupted(arm) -> what the arm's whole run left behind."""
+
+    @lru_cache
+    def whole(arm: str):
+        output = tmp_path_factory.mktemp("whole")
+        process = launch(overrides(output, cache, arm))
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        return result(output)
+
+    return whole
 
 
 def same(one, other) -> bool:
@@ -65,18 +80,27 @@ def same(one, other) -> bool:
             and records == other[1] and evaluations == other[2])
 
 
-@pytest.mark.parametrize("at", [1, 3, 4])
-def test_a_run_killed_without_notice_ends_as_if_uninterrupted(tmp_path, cache, uninterrupted, at):
-    process = launch(overrides(tmp_path, cache))
+@pytest.mark.parametrize(("arm", "at"), [("route", 1), ("route", 3), ("route", 4), ("graft_lookalike", 3)])
+def test_a_run_killed_without_notice_ends_as_if_uninterrupted(tmp_path, cache, uninterrupted, arm, at):
+    process = launch(overrides(tmp_path, cache, arm))
     wait_for_step(tmp_path, at, process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    again = launch(overrides(tmp_path, cache))
+    again = launch(overrides(tmp_path, cache, arm))
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
-    assert same(result(tmp_path), uninterrupted)
+    assert same(result(tmp_path), uninterrupted(arm))
     (folder,) = tmp_path.glob("e/runs/*")
     assert len(list((folder / "attempts").glob("*.json"))) == 2
+
+
+def test_the_resumed_look_alike_run_had_something_to_lose(uninterrupted):
+    """Memory of the last three steps, moments of both blocks, and parameters that moved."""
+    weights, _, _ = uninterrupted("graft_lookalike")
+    assert sorted(weights["memory/steps"].unique().tolist()) == [3.0, 4.0, 5.0] and weights["memory/flags"].any()
+    for block in ("deployed", "quarantine"):
+        assert any(value.any() for key, value in weights.items() if key.startswith(f"optimizer/{block}/") and key.endswith("/first"))
+        assert any(value.any() for key, value in weights.items() if key.startswith(f"adapter/{block}/") and key.endswith("/B"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -93,7 +117,7 @@ def test_a_signal_stops_at_a_step_boundary_with_a_checkpoint(tmp_path, cache, un
     again = launch(overrides(tmp_path, cache))
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and f"resuming at step {steps}" in out
-    assert same(result(tmp_path), uninterrupted)
+    assert same(result(tmp_path), uninterrupted("route"))
 
 
 def test_a_finished_run_is_left_alone(config, tmp_path, capsys):

@@ -22,7 +22,7 @@ from grpo_routing.train import State, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_routing"
-MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py"}  # may know the truth
+MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py", "deploy.py", "recovery.py"}  # may know the truth
 
 
 def imported(file: Path) -> set[str]:
@@ -117,15 +117,27 @@ class CoinFlips(Oracle):
         return [Verdict(*flips) for flips in coins]
 
 
-def advantage_that_varies(rewards):
-    return torch.linspace(-1, 1, rewards.numel()).view(rewards.shape)
+class AdvantageThatVaries:
+    """An untrained model earns no reward to learn from."""
+
+    two_streams = False
+    flat_is_zero = False
+
+    def __call__(self, rewards, flagged, deployed):
+        return torch.linspace(-1, 1, rewards.numel()).view(rewards.shape)
 
 
-@pytest.mark.parametrize("arm", ["vanilla", "erase", "route"])
+NOISY = ["mask_source.false_positive=0.5"]  # nor does it hack; so flags that mean nothing, but are there
+LOOKALIKE = [*NOISY, "mask_source.least=2"]
+ARMS = {"vanilla": [], "erase": [], "route": [], "filter": NOISY, "sgtm": NOISY, "graft": NOISY, "gradient_routing": NOISY,
+        "graft_lookalike": LOOKALIKE, "route_gradient": []}
+
+
+@pytest.mark.parametrize("arm", ARMS)
 def test_weights_are_bit_identical_with_the_real_oracle_none_and_a_coin(config, tmp_path, arm):
-    fingerprints = {}
+    fingerprints, words = {}, [f"arm={arm}", "loophole=held_out", *ARMS[arm]]
     for name, oracle in {"real": Oracle, "none": None, "coin": CoinFlips}.items():
-        plan = build.plan(config(f"arm={arm}", "loophole=held_out"))
+        plan = build.plan(config(*words))
         policy = build.build_policy(plan)
         with Sandbox(**asdict(plan.sandbox)) as sandbox:
             audit = None
@@ -133,12 +145,12 @@ def test_weights_are_bit_identical_with_the_real_oracle_none_and_a_coin(config, 
                 audit = Audit(oracle(sandbox, plan.dataset.hidden_tests), Record(tmp_path / name / "audit.jsonl"),
                               Record(tmp_path / name / "rollouts.jsonl"), plan.loophole.known, plan.loophole.held_out, 4)
             line = build.build_line(plan, policy, Grader(sandbox, 0.25, 1.0, 100), audit)
-            line = replace(line, advantage=advantage_that_varies)  # an untrained model earns no reward to learn from
+            line = replace(line, advantage=AdvantageThatVaries())
             state = State(plan.optimizer.start(policy.adapter))
             for _ in range(2):
                 train_step(line, state)
         fingerprints[name] = policy.adapter.fingerprint()
     assert len(set(fingerprints.values())) == 1
-    fresh = build.build_policy(build.plan(config(f"arm={arm}", "loophole=held_out")))
+    fresh = build.build_policy(build.plan(config(*words)))
     assert fingerprints["real"] != fresh.adapter.fingerprint()  # and training did move them
     assert (tmp_path / "coin" / "audit.jsonl").read_text() != (tmp_path / "real" / "audit.jsonl").read_text()

@@ -1,10 +1,11 @@
-"""What every adapter shares: which linears it wraps, its blocks, merging for sampling, and per-rollout parameters.
+"""What every adapter shares: which modules it wraps, its blocks, merging for sampling, and per-rollout parameters.
 
-    y = W x + sum over blocks b of s_b * branch_b(x)
+    y = base(x) + sum over blocks b of s_b * branch_b(x)
 
-W is frozen. A block can be switched off (s_b = 0): the quarantine at deployment, all blocks for the reference policy.
-During the gradient forward each parameter is a leaf with a leading rollout dimension, so that autograd returns one
-exact gradient per rollout from one backward (architecture.md §5).
+The base is frozen. s_b is the block's forward scale: 0 switches it off (the quarantine at deployment, all blocks for the
+reference policy), a number in between deploys a part of it, and during the gradient forward it may differ by rollout
+(SGTM's clean rollouts and anchors run with the quarantine off). There, each parameter is a leaf with a leading
+rollout dimension, so that autograd returns one exact gradient per rollout from one backward (architecture.md §5).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -24,37 +26,109 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
            "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "in_proj_qkvz", "in_proj_ba", "out_proj")
 
 Parameters = dict[str, Tensor]  # parameter name -> tensor, with a leading rollout dimension during the gradient forward
+Leaves = dict[str, dict[str, list[Tensor]]]  # block -> module -> leaves [b, ...]
 
 
-class AdaptedLinear(nn.Module, ABC):
-    """A frozen linear plus the branch of each block. Subclasses say what a block's parameters are and do."""
+class AdaptedModule(nn.Module, ABC):
+    """A frozen module plus the branch of each block. Subclasses say what a block's parameters are and do."""
 
-    def __init__(self, base: nn.Linear, blocks: dict[str, Parameters]) -> None:
+    def __init__(self, blocks: dict[str, Parameters]) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
         self.blocks = nn.ModuleDict({block: nn.ParameterDict(parameters) for block, parameters in blocks.items()})
         self.live: dict[str, Parameters] = {block: dict(parameters) for block, parameters in self.blocks.items()}
-        self.enabled = dict.fromkeys(blocks, True)
-        self.merged = False
+        self.scale: dict[str, float | Tensor] = dict.fromkeys(blocks, 1.0)  # a tensor is [b], one number per rollout
+        self.passes: dict[str, Tensor] = {}  # block -> [b], the share of its gradient that the branch lets through
+        self.stop_at = "output"  # where `passes` acts
+        self.hidden: dict[str, Tensor] | None = None  # block -> [b, T, r], kept while somebody watches
+        self.gates: dict[str, Tensor] | None = None  # block -> logits [b, T], of an input-conditioned gate
+        self.folded: tuple[str, ...] = ()
 
     @abstractmethod
-    def branch(self, x: Tensor, parameters: list[Parameters]) -> Tensor:
-        """Contribution of the given blocks to the output; x [b, T, d_in] -> [b, T, d_out]."""
+    def base(self, x: Tensor) -> Tensor:
+        """The frozen module; with the folded branches while merged."""
 
     @abstractmethod
-    def delta(self, parameters: list[Parameters]) -> Tensor:
-        """The same contribution as a change of W, [d_out, d_in]."""
+    def branch(self, x: Tensor, block: str) -> Tensor:
+        """Contribution of a block's live parameters to the output at scale 1; x [b, T, d_in] -> [b, T, d_out]."""
+
+    @abstractmethod
+    def fold(self, blocks: dict[str, float]) -> None:
+        """Put these blocks at these scales into the frozen weights, exactly."""
+
+    @abstractmethod
+    def unfold(self) -> None:
+        """Undo `fold`, bit for bit."""
+
+    def foldable(self, block: str) -> bool:
+        """Whether the branch is a change of weights; one behind a gate is not."""
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x, self.weight, self.bias)
-        active = [self.live[block] for block, on in self.enabled.items() if on]
-        return y if self.merged or not active else y + self.branch(x, active)
+        y, active = self.base(x), [block for block in self.active() if block not in self.folded]
+        return y + self.branches(x, active) if active else y
+
+    def active(self) -> list[str]:
+        return [block for block, scale in self.scale.items() if isinstance(scale, Tensor) or scale != 0.0]
+
+    def branches(self, x: Tensor, active: list[str]) -> Tensor:
+        return reduce(torch.add, [self._scaled(x, block) for block in active])
+
+    def _scaled(self, x: Tensor, block: str) -> Tensor:
+        out, scale = self.branch(x, block), self.scale[block]
+        if block in self.passes and self.stop_at == "output":
+            out = let_through(out, self.passes[block])
+        if isinstance(scale, Tensor):
+            return scale[:, None, None].to(out.dtype) * out
+        return out if scale == 1.0 else scale * out
+
+    def inner(self, block: str, hidden: Tensor) -> Tensor:
+        """What a branch computes between its two halves, [b, T, r]: watched, and stopped here for `stop_at: bottleneck`."""
+        if self.hidden is not None:
+            self.hidden[block] = hidden
+        return let_through(hidden, self.passes[block]) if block in self.passes and self.stop_at == "bottleneck" else hidden
+
+
+def let_through(value: Tensor, passes: Tensor) -> Tensor:
+    """The same value with `passes` [b] of its gradient: M a + (1 - M) stopgrad(a) (routing.md §1.2).
+
+    Exact for 0 and 1, where a plain choice keeps the bits and what is not finite; other shares cost one rounding.
+    """
+    share = passes[:, None, None]
+    if bool(((passes == 0) | (passes == 1)).all()):
+        return torch.where(share == 1, value, value.detach())
+    share = share.to(value.dtype)
+    return share * value + (1 - share) * value.detach()
+
+
+class AdaptedLinear(AdaptedModule):
+    """A frozen linear; `delta` says what a block adds to W."""
+
+    def __init__(self, base: nn.Linear, blocks: dict[str, Parameters]) -> None:
+        super().__init__(blocks)
+        self.weight, self.bias = base.weight, base.bias
+        self.original: Tensor | None = None
+
+    @abstractmethod
+    def delta(self, block: str) -> Tensor:
+        """The block's contribution at scale 1 as a change of W, [d_out, d_in]."""
+
+    def base(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def fold(self, blocks: dict[str, float]) -> None:
+        self.original = self.weight.data
+        if blocks:
+            deltas = [self.delta(block) if scale == 1.0 else scale * self.delta(block) for block, scale in blocks.items()]
+            self.weight.data = self.weight.data + reduce(torch.add, deltas)
+
+    def unfold(self) -> None:
+        self.weight.data, self.original = self.original, None
 
 
 class Adapter:
-    """All adapted linears of a model, seen as one set of trainable parameters per block."""
+    """All adapted modules of a model, seen as one set of trainable parameters per block."""
 
-    def __init__(self, modules: dict[str, AdaptedLinear]) -> None:
+    def __init__(self, modules: dict[str, AdaptedModule]) -> None:
         self.modules = modules
         self.blocks = tuple(next(iter(modules.values())).blocks)
 
@@ -68,6 +142,10 @@ class Adapter:
 
     def size(self, block: str = DEPLOYED) -> int:
         return sum(p.numel() for module in self.parameters(block).values() for p in module.values())
+
+    def pressure(self, block: str) -> float:
+        """kappa = (all trainable numbers) / (the block's): the weight that lets a smaller block learn as fast (graft.md §1.3)."""
+        return sum(map(self.size, self.blocks)) / self.size(block)
 
     def norm(self, block: str) -> float:
         squares = [p.detach().float().square().sum() for m in self.parameters(block).values() for p in m.values()]
@@ -93,51 +171,76 @@ class Adapter:
             tensor.copy_(state[key])
 
     @contextmanager
-    def only(self, *blocks: str) -> Iterator[None]:
-        """Switch every block off but these: `only(DEPLOYED)` ablates the quarantine, `only()` is the reference policy."""
-        before = {name: dict(module.enabled) for name, module in self.modules.items()}
+    def scaled(self, scales: dict[str, float]) -> Iterator[None]:
+        """Multiply the forward scale of these blocks: `scaled({QUARANTINE: 0.3})` deploys three tenths of the quarantine."""
+        if unknown := scales.keys() - set(self.blocks):
+            raise ValueError(f"the adapter has the blocks {', '.join(self.blocks)}; got {', '.join(sorted(unknown))}")
+        before = {name: dict(module.scale) for name, module in self.modules.items()}
         for module in self.modules.values():
-            module.enabled = {block: module.enabled[block] and block in blocks for block in module.enabled}
+            module.scale = {block: scale * scales[block] if block in scales else scale for block, scale in module.scale.items()}
         try:
             yield
         finally:
             for name, module in self.modules.items():
-                module.enabled = before[name]
+                module.scale = before[name]
+
+    def only(self, *blocks: str):
+        """Switch every block off but these: `only(DEPLOYED)` ablates the quarantine, `only()` is the reference policy."""
+        return self.scaled({block: 0.0 for block in self.blocks if block not in blocks})
 
     @contextmanager
     @torch.no_grad()
     def merged(self) -> Iterator[None]:
-        """Fold the enabled blocks into W, so that sampling pays nothing for them. W is restored bit for bit."""
-        originals = {}
-        for name, module in self.modules.items():
-            active = [module.live[block] for block, on in module.enabled.items() if on]
-            originals[name] = module.weight.data
-            if active:
-                module.weight.data = module.weight.data + module.delta(active)
-            module.merged = True
+        """Fold the active blocks into the frozen weights, so that sampling pays nothing for them; undone bit for bit.
+        Blocks behind a gate stay where they are."""
+        done: list[AdaptedModule] = []
         try:
+            for module in self.modules.values():
+                own = tuple(block for block in module.active() if module.foldable(block))
+                module.fold({block: module.scale[block] for block in own})
+                module.folded = own
+                done.append(module)
             yield
         finally:
-            for name, module in self.modules.items():
-                module.weight.data = originals[name]
-                module.merged = False
+            for module in done:
+                module.unfold()
+                module.folded = ()
 
     @contextmanager
-    def per_rollout(self, rollouts: int, block: str = DEPLOYED) -> Iterator[dict[str, list[Tensor]]]:
-        """Give each rollout of a micro-batch its own copy of the block's parameters, as leaves.
+    def per_rollout(self, rollouts: int, blocks: tuple[str, ...] = (DEPLOYED,), quarantine: Tensor | None = None,
+                    passes: dict[str, Tensor] | None = None, stop_at: str = "output") -> Iterator[Leaves]:
+        """Give each rollout of a micro-batch its own copy of the blocks' parameters, as leaves.
 
-        Yields module name -> leaves [rollouts, ...]; after a backward, `flat_gradient` reads them.
+        `quarantine` [rollouts] is the forward scale of the quarantine per rollout, `passes` block -> [rollouts] the share of
+        the gradient that a block's branch lets through. Yields the leaves; after a backward, `flat_gradient` reads them.
         """
-        leaves = {}
+        leaves: Leaves = {block: {} for block in blocks}
+        before = {name: dict(module.scale) for name, module in self.modules.items()}
         for name, module in self.modules.items():
-            module.live[block] = {key: p.detach().expand(rollouts, *p.shape).requires_grad_()
-                                  for key, p in module.blocks[block].items()}
-            leaves[name] = list(module.live[block].values())
+            for block in blocks:
+                module.live[block] = {key: p.detach().expand(rollouts, *p.shape).requires_grad_()
+                                      for key, p in module.blocks[block].items()}
+                leaves[block][name] = list(module.live[block].values())
+            if quarantine is not None and QUARANTINE in module.scale:
+                module.scale[QUARANTINE] = module.scale[QUARANTINE] * quarantine
+            module.passes, module.stop_at = passes or {}, stop_at
         try:
             yield leaves
         finally:
+            for name, module in self.modules.items():
+                module.live = {block: dict(parameters) for block, parameters in module.blocks.items()}
+                module.scale, module.passes = before[name], {}
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, AdaptedModule]]:
+        """Keep what every branch computes inside (`module.hidden`, `module.gates`) during the forwards of this context."""
+        for module in self.modules.values():
+            module.hidden, module.gates = {}, {}
+        try:
+            yield self.modules
+        finally:
             for module in self.modules.values():
-                module.live[block] = dict(module.blocks[block])
+                module.hidden = module.gates = None
 
     def flatten(self, block: str = DEPLOYED) -> dict[str, Tensor]:
         """module name -> [D], the block's parameters as one vector per module (a copy)."""
@@ -191,18 +294,28 @@ def flat_gradient(leaves: list[Tensor]) -> Tensor:
     return flat.to(torch.promote_types(flat.dtype, torch.float32))  # half precision is widened, double kept
 
 
-def wrap(model: nn.Module, make) -> Adapter:
-    """Replace every target linear of `model` by `make(name, linear)` and freeze everything else.
+def generator_for(*name: object) -> torch.Generator:
+    """A generator of its own for a named draw, such as ("lora", seed, module): nothing else can shift it."""
+    digest = hashlib.sha256("/".join(map(str, name)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    Raises ValueError when the model has no target linear.
+
+def is_target(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS
+
+
+def wrap(model: nn.Module, make, target=is_target, wanted: str = f"linear named {', '.join(TARGETS)}") -> Adapter:
+    """Replace every target module of `model` by `make(name, module)` and freeze everything else.
+
+    Raises ValueError when the model has no target.
     """
     model.requires_grad_(False)
     modules = {}
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS:
+        if target(name, module):
             modules[name] = make(name, module)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, modules[name])
     if not modules:
-        raise ValueError(f"the model has no linear named {', '.join(TARGETS)}; add its names to adapters.TARGETS")
+        raise ValueError(f"the model has no {wanted}; add its names to adapters.TARGETS")
     return Adapter(modules)

@@ -1,47 +1,80 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): y += scale * B A x, A random, B zero, one deployed block."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): y += scale * B A x, A random, B zero.
+
+With `quarantine_rank` the quarantine is a second LoRA with its own A and B, hence its own input directions: what tells the
+blocks apart is not only the mask (routing.md §2.7c, graft.md §1.1).
+
+    gate: true    the quarantine is scaled, token by token, by sigmoid(G x): Cloud et al.'s input-conditioned gate
+                  (routing.md §1.2c). G reads its input and sends no gradient into it; ablation is the gate forced to 0.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from grpo_routing.adapters.adapter import DEPLOYED, AdaptedLinear, Adapter, Parameters, rollout_linear, wrap
+from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedLinear, Adapter, Parameters, generator_for, rollout_linear, wrap
 
 
 @dataclass(frozen=True)
 class Lora:
-    """rank r of the update and the scale of its branch. A is drawn from `seed` and the module's name."""
+    """rank r of the deployed update, `quarantine_rank` of the other one (0: no quarantine), and the scale of their branches.
+    A is drawn from `seed`, the module's name and the block."""
 
     rank: int
+    quarantine_rank: int
     scale: float
+    gate: bool
     seed: int
-    blocks = (DEPLOYED,)
+    shared_axes = False
+
+    def __post_init__(self) -> None:
+        if self.gate and not self.quarantine_rank:
+            raise ValueError("adapter.gate scales the quarantine, and adapter.quarantine_rank is 0; give it a rank")
+        if self.rank < 1 or self.quarantine_rank < 0:
+            raise ValueError(f"adapter.rank must be at least 1 and adapter.quarantine_rank at least 0; "
+                             f"got {self.rank} and {self.quarantine_rank}")
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        return (DEPLOYED, QUARANTINE) if self.quarantine_rank else (DEPLOYED,)
 
     def attach(self, model: nn.Module) -> Adapter:
         return wrap(model, self._make)
 
     def _make(self, name: str, base: nn.Linear) -> LoraLinear:
+        ranks = {DEPLOYED: self.rank, QUARANTINE: self.quarantine_rank}
+        return LoraLinear(base, {block: self._start(name, base, block, ranks[block]) for block in self.blocks}, self.scale)
+
+    def _start(self, name: str, base: nn.Linear, block: str, rank: int) -> Parameters:
         d_out, d_in = base.weight.shape
-        digest = hashlib.sha256(f"lora/{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        a = (torch.rand(self.rank, d_in, generator=generator) * 2 - 1) / math.sqrt(d_in)
-        blocks = {DEPLOYED: {"A": nn.Parameter(a.to(base.weight)), "B": nn.Parameter(base.weight.new_zeros(d_out, self.rank))}}
-        return LoraLinear(base, blocks, self.scale)
+        own = ("lora", self.seed, name) if block == DEPLOYED else ("lora", self.seed, name, block)
+        a = (torch.rand(rank, d_in, generator=generator_for(*own)) * 2 - 1) / math.sqrt(d_in)
+        start = {"A": nn.Parameter(a.to(base.weight)), "B": nn.Parameter(base.weight.new_zeros(d_out, rank))}
+        return start | {"G": nn.Parameter(base.weight.new_zeros(1, d_in))} if self.gate and block == QUARANTINE else start
 
 
 class LoraLinear(AdaptedLinear):
     def __init__(self, base: nn.Linear, blocks: dict[str, Parameters], scale: float) -> None:
         super().__init__(base, blocks)
-        self.scale = scale
+        self.factor = scale
 
-    def branch(self, x: Tensor, parameters: list[Parameters]) -> Tensor:
-        # The scale goes on the narrow side, [b, T, r]: on the wide one it would cost as much as a product.
-        return reduce(torch.add, [rollout_linear(self.scale * rollout_linear(x, p["A"]), p["B"]) for p in parameters])
+    def branch(self, x: Tensor, block: str) -> Tensor:
+        own = self.live[block]
+        # The factor goes on the narrow side, [b, T, r]: on the wide one it would cost as much as a product.
+        out = rollout_linear(self.inner(block, self.factor * rollout_linear(x, own["A"])), own["B"])
+        return out if "G" not in own else self._gate(block, x.detach(), own["G"]) * out
 
-    def delta(self, parameters: list[Parameters]) -> Tensor:
-        return reduce(torch.add, [self.scale * (p["B"] @ p["A"]) for p in parameters])
+    def _gate(self, block: str, x: Tensor, weight: Tensor) -> Tensor:
+        logits = rollout_linear(x, weight)  # [b, T, 1]
+        if self.gates is not None:
+            self.gates[block] = logits.squeeze(-1)
+        return torch.sigmoid(logits)
+
+    def foldable(self, block: str) -> bool:
+        return "G" not in self.live[block]
+
+    def delta(self, block: str) -> Tensor:
+        return self.factor * (self.live[block]["B"] @ self.live[block]["A"])

@@ -1,8 +1,9 @@
-"""One knob per singular direction: W = U diag(S) V^T, y += U diag(dS + dS_hack) V^T x (AntiPaSTO's basis, arXiv:2601.07473).
+"""One knob per singular direction: W = U diag(S) V^T, y += U diag(dS) V^T x (AntiPaSTO's basis, arXiv:2601.07473).
 
-Both blocks turn the *same* axes: dS is deployed, dS_hack is the quarantine that `route` parks the removed part in.
-Their gradients are bitwise equal, so nothing but the projection tells them apart; rollout-level routing needs distinct
-axes and is refused on this adapter (routing.md §0.6, P11).
+    axes: shared     both blocks turn the *same* axes: dS is deployed, dS_hack the quarantine that the seeds' `route` parks
+                     the removed part in. Their gradients are bitwise equal, so nothing but the projection tells them
+                     apart, and routing by rollout is refused (routing.md §0.6, P11).
+    axes: disjoint   every `every`-th axis, from the strongest on, belongs to the quarantine and the others to the deployed block
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedLinear, Adapter, Parameters, wrap
+from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedLinear, Adapter, wrap
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,20 @@ class Svd:
     """`rank` singular directions per linear (0: all of them); the decomposition is cached by a hash of W."""
 
     rank: int
+    axes: str  # shared or disjoint
+    every: int  # disjoint: each `every`-th axis is the quarantine's
     cache: str
     blocks = (DEPLOYED, QUARANTINE)
+
+    def __post_init__(self) -> None:
+        if self.axes not in ("shared", "disjoint"):
+            raise ValueError(f"adapter.axes must be shared or disjoint; got {self.axes!r}")
+        if self.every < 2:
+            raise ValueError(f"adapter.every must be at least 2 (every second axis); got {self.every}")
+
+    @property
+    def shared_axes(self) -> bool:
+        return self.axes == "shared"
 
     def attach(self, model: nn.Module) -> Adapter:
         return wrap(model, self._make)
@@ -35,22 +48,35 @@ class Svd:
         rank = self.rank or len(vh)
         if rank > len(vh):
             raise ValueError(f"adapter.rank is {rank} but {name} has {len(vh)} singular directions; use 0 for all")
-        knobs = {block: {"dS": nn.Parameter(base.weight.new_zeros(rank))} for block in self.blocks}
-        return SvdLinear(base, knobs, u[:, :rank], vh[:rank])
+        everything = torch.arange(rank)
+        owned = everything % self.every == self.every - 1
+        index = dict.fromkeys(self.blocks, everything) if self.shared_axes else {
+            DEPLOYED: everything[~owned], QUARANTINE: everything[owned]}
+        return SvdLinear(base, {block: (u[:, own], vh[own]) for block, own in index.items()}, self.shared_axes)
 
 
 class SvdLinear(AdaptedLinear):
-    def __init__(self, base: nn.Linear, blocks: dict[str, Parameters], u: Tensor, vh: Tensor) -> None:
-        super().__init__(base, blocks)
-        self.register_buffer("u", u.to(base.weight), persistent=False)  # [d_out, r]
-        self.register_buffer("vh", vh.to(base.weight), persistent=False)  # [r, d_in]
+    def __init__(self, base: nn.Linear, bases: dict[str, tuple[Tensor, Tensor]], shared: bool) -> None:
+        super().__init__(base, {block: {"dS": nn.Parameter(base.weight.new_zeros(len(vh)))} for block, (_, vh) in bases.items()})
+        self.shared = shared
+        for block, (u, vh) in bases.items():
+            self.register_buffer(f"u_{block}", u.to(base.weight), persistent=False)  # [d_out, r]
+            self.register_buffer(f"vh_{block}", vh.to(base.weight), persistent=False)  # [r, d_in]
 
-    def branch(self, x: Tensor, parameters: list[Parameters]) -> Tensor:
-        knob = reduce(torch.add, [p["dS"] for p in parameters])  # [r] or [b, r]
-        return (x @ self.vh.T * knob.unsqueeze(-2)) @ self.u.T
+    def branches(self, x: Tensor, active: list[str]) -> Tensor:
+        whole = self.shared and not self.passes and all(not isinstance(self.scale[b], Tensor) and self.scale[b] == 1.0 for b in active)
+        return self._turn(x, active[0], [self.live[block]["dS"] for block in active]) if whole else super().branches(x, active)
 
-    def delta(self, parameters: list[Parameters]) -> Tensor:
-        return (self.u * reduce(torch.add, [p["dS"] for p in parameters])) @ self.vh
+    def branch(self, x: Tensor, block: str) -> Tensor:
+        return self._turn(x, block, [self.live[block]["dS"]])
+
+    def _turn(self, x: Tensor, block: str, knobs: list[Tensor]) -> Tensor:
+        u, vh = getattr(self, f"u_{block}"), getattr(self, f"vh_{block}")
+        knob = reduce(torch.add, knobs)  # [r] or [b, r]; on shared axes both blocks are one product
+        return self.inner(block, x @ vh.T * knob.unsqueeze(-2)) @ u.T
+
+    def delta(self, block: str) -> Tensor:
+        return (getattr(self, f"u_{block}") * self.live[block]["dS"]) @ getattr(self, f"vh_{block}")
 
 
 def decompose(weight: Tensor, cache: Path) -> tuple[Tensor, Tensor]:

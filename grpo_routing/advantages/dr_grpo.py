@@ -9,6 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DrGrpo:
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """rewards [P, G] -> advantages [P, G]."""
+    two_streams = False  # one advantage feeds both moments of the optimizer
+    flat_is_zero = True  # a group whose rewards are all equal has no gradient, whatever its labels
+
+    def __call__(self, rewards: Tensor, flagged: Tensor, deployed: Tensor) -> Tensor:
+        """rewards, flag probabilities and weights on the deployed block, [P, G] each -> advantages [P, G]."""
         return rewards - rewards.mean(1, keepdim=True)

@@ -10,8 +10,10 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Grpo:
     floor: float  # added to the standard deviation; the benchmark uses 1e-6 (baselines.md A2)
+    two_streams = False
+    flat_is_zero = True
 
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """rewards [P, G] -> advantages [P, G]."""
+    def __call__(self, rewards: Tensor, flagged: Tensor, deployed: Tensor) -> Tensor:
+        """rewards, flag probabilities and weights on the deployed block, [P, G] each -> advantages [P, G]."""
         centred = rewards - rewards.mean(1, keepdim=True)
         return centred / (rewards.std(1, keepdim=True) + self.floor)

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from grpo_routing.policy import Policy
-from grpo_routing.types import TEACHER, Rollout
+from grpo_routing.types import TEACHER, Labels, Rollout
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Teacher:
     mix_ratio: float
     known: tuple[str, ...]
     imitation = True
+    groups = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.mix_ratio < 1:
@@ -63,3 +66,6 @@ class Teacher:
                 ids = (*policy.encode(text), policy.end)
                 rollouts.append(Rollout(place, prompt_ids, ids, text, TEACHER))
         return rollouts
+
+    def edit(self, rollouts: list[Rollout], rewards: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
+        return rewards, labels

@@ -1,6 +1,8 @@
-"""Which part of the gradient is hack-ward. One small file per source; a name in YAML is a key of MASK_SOURCES."""
+"""Which rollouts, or which part of the gradient, are hack-ward. One small file per source; a name in YAML is a key of MASK_SOURCES."""
 
 from grpo_routing.mask_sources.controls import NonHack, RandomBasis, Shuffled
+from grpo_routing.mask_sources.detector import Detector, RateMatched
+from grpo_routing.mask_sources.lookalike import Lookalike
 from grpo_routing.mask_sources.none import NoSource
 from grpo_routing.mask_sources.persona_gradient import PersonaGradient
 
@@ -10,4 +12,7 @@ MASK_SOURCES = {
     "random": RandomBasis,
     "shuffled": Shuffled,
     "nonhack": NonHack,
+    "detector": Detector,
+    "rate_matched": RateMatched,
+    "lookalike": Lookalike,
 }

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient
 from grpo_routing.mask_sources.pairs import Pair, fingerprint, load_pairs
+from grpo_routing.mask_sources.view import Memory, StepView, unknown
 from grpo_routing.policy import Policy
 from grpo_routing.projections.subspace import chance_share
-from grpo_routing.types import Basis, PackedPairs, TokenBatch
+from grpo_routing.types import Basis, Labels, PackedPairs, RolloutGrads, TokenBatch
 
 
 def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_batch: int) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_bat
         part = tokens.rows(list(range(start, min(start + micro_batch, len(tokens)))))
         with policy.adapter.per_rollout(len(part)) as leaves:
             log_probs = policy.log_probs(part)
-            backward_rows(-(log_probs.sum(1) / part.completion_mask.sum(1)), leaves, parts)
+            backward_rows(-(log_probs.sum(1) / part.completion_mask.sum(1)), leaves[DEPLOYED], parts)
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
@@ -59,7 +60,7 @@ def pair_differences(policy: Policy, pairs: list[Pair], first: str, second: str,
         packed = PackedPairs.of(triples[start : start + micro_batch], policy.pad, policy.device)
         with policy.adapter.per_rollout(len(packed.ids)) as leaves:
             nll = -(policy.packed_log_probs(packed) * packed.weight).sum(1)
-            backward_rows(nll, leaves, parts)
+            backward_rows(nll, leaves[DEPLOYED], parts)
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
@@ -112,6 +113,25 @@ def overlap(basis: Basis, other: Basis) -> float:
     return sum(values) / len(values)
 
 
+def alignment(grads: RolloutGrads, basis: Basis) -> Tensor:
+    """Cosine of each rollout's gradient with the hack direction, the sum of all axes of all modules, [B].
+
+    Advantage 1 for every rollout, so an unlucky group does not hide a hack. A rollout without gradient scores -1.
+    """
+    axes = {name: rows.sum(0) for name, rows in basis.modules.items()}
+    along = torch.stack([grads.modules[name] @ axis for name, axis in axes.items()]).sum(0)
+    length = torch.stack([axis.square().sum() for axis in axes.values()]).sum().sqrt()
+    norms = grads.norms()
+    return torch.where(norms > 0, along / (norms * length).clamp_min(1e-30), -torch.ones_like(norms))
+
+
+def highest(scores: Tensor, share: float) -> Tensor:
+    """True for the `share` of rollouts with the highest scores, rounded; ties go to the earlier rollout. [B] bool."""
+    flags = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    flags[scores.argsort(descending=True, stable=True)[: round(share * len(scores))]] = True
+    return flags
+
+
 @dataclass(frozen=True)
 class Fit:
     """A basis and what is worth knowing about it."""
@@ -124,9 +144,14 @@ class Fit:
 class DirectionSource(ABC):
     """A subspace source fitted on pairs. A control is the same source with one stage replaced.
 
+    `level` says what the direction is for: `gradient` hands on the basis (project the summed gradient), `rollout` scores each
+    rollout's own gradient along it and flags the highest `flag_share` of every step (keep, absorb or route it whole).
     `refresh_every` n > 0 fits again before every n-th step, with the quarantine ablated. `cache` is a folder; a fit is
     stored under a hash of the model, the adapter's state, the pairs and these settings.
     """
+
+    level: str
+    flag_share: float
 
     pairs: str
     known: tuple[str, ...]
@@ -138,18 +163,37 @@ class DirectionSource(ABC):
     micro_batch: int
     seed: int
     cache: str
-    kind = "subspace"
-    reads = ("pairs of known loopholes",)
+    kinds = ("subspace", "rollout")
+    pilot_batches = 0
     uses_oracle = False
 
     def __post_init__(self) -> None:
         """Refuse unusable pairs when the config is read. Raises PairFileError or ValueError."""
+        if self.level not in ("gradient", "rollout"):
+            raise ValueError(f"mask_source.level must be gradient or rollout; got {self.level!r}")
+        if not 0 < self.flag_share < 1:
+            raise ValueError(f"mask_source.flag_share must lie between 0 and 1; got {self.flag_share}")
         pairs = load_pairs(self.pairs, self.known)
         if not 0 <= self.held_out <= len(pairs) - 2:
             raise ValueError(f"mask_source.held_out={self.held_out} of {len(pairs)} pairs for {list(self.known)} leaves fewer "
                              f"than 2 to fit; lower it or write more pairs")
         if self.k < 1 or not 0 <= self.tau <= 1 or not 0 <= self.floor < 1:
             raise ValueError(f"a direction needs k >= 1, tau in [0, 1] and floor in [0, 1); got {self.k}, {self.tau}, {self.floor}")
+
+    @property
+    def kind(self) -> str:
+        return "subspace" if self.level == "gradient" else "rollout"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        pairs = ("pairs of known loopholes",)
+        return pairs if self.level == "gradient" else (*pairs, "gradients")
+
+    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
+        """At level `rollout`: flag the highest scores. A subspace marks no rollout."""
+        if self.level == "gradient":
+            return unknown(view), memory
+        return Labels.of(highest(alignment(view.grads, view.basis), self.flag_share).to(view.rewards)), memory
 
     def fit(self, policy: Policy) -> Fit:
         """The basis for the policy as it stands, from the cache when the same fit was made before."""
@@ -182,7 +226,8 @@ class DirectionSource(ABC):
         return basis
 
     def _key(self, policy: Policy, pairs: list[Pair]) -> str:
-        settings = {name: value for name, value in asdict(self).items() if name not in ("cache", "pairs", "refresh_every")}
+        unused = ("cache", "pairs", "refresh_every", "level", "flag_share")
+        settings = {name: value for name, value in asdict(self).items() if name not in unused}
         # The number of threads changes the rounding, and a cached fit must be the one that this run would have made.
         state = (policy.fingerprint, policy.adapter.fingerprint(), torch.get_num_threads())
         parts = (type(self).__name__, state, fingerprint(pairs), settings)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grpo_routing.mask_sources.view import Memory, StepView, unknown
+from grpo_routing.types import Labels
+
 
 @dataclass(frozen=True)
 class NoSource:
     kind = "none"
+    kinds = ("none",)
     reads = ()
+    pilot_batches = 0
     uses_oracle = False
-    refresh_every = 0
+
+    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
+        return unknown(view), memory

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo_routing.adapters.adapter import DEPLOYED
-from grpo_routing.projections.subspace import Update, Vector
-from grpo_routing.types import Basis
+from grpo_routing.projections.projection import Projection
 
 
 @dataclass(frozen=True)
-class MeasureOnly:
-    takes = ("none", "subspace")  # kinds of mask source
-    needs_quarantine = False
-
-    def gradient(self, gradient: Vector, basis: Basis | None) -> Update:
-        return {DEPLOYED: gradient}
-
-    def step(self, applied: Update, basis: Basis | None) -> Update:
-        return applied
+class MeasureOnly(Projection):
+    takes = ("none", "subspace", "rollout")

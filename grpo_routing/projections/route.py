@@ -1,42 +1,88 @@
-"""Route: the hack-ward part trains the quarantine instead, which is ablated at deployment (the seeds' `route`).
+"""Route whole rollouts: a flagged one trains the quarantine, which deployment deletes (graft.md §1.2-1.3, routing.md §2, §4).
 
-The adapter needs a quarantine block in the same coordinates (svd: dS_hack beside dS). In the forward both blocks add
-up; what was parked is gone when it is deployed.
+A rollout's label becomes a triple (forward scale of the quarantine, weight on deployed, weight on quarantine):
 
-    where: step        the parted step adds up to vanilla's, so with both blocks on the policy moves exactly as vanilla's
-    where: gradient    the seeds' way: AdamW normalises each block by itself, so a parked tenth of the gradient steps as
-                       far as the rest, and what is deleted at deployment is larger than what was found
-Departure from Cloud et al. 2024 and SGTM: those route whole examples by label; here a fixed subspace of the summed
-gradient is routed, without any label.
+    w = (1 - p) clean + p flagged            clean            flagged
+    classic                                  (1, 1)           (1 - l, 1 + l (kappa_Q - 1))
+    exclusive                                (1 + l (kappa_D - 1), 1 - l)    as classic
+    scaled                                   (1, alpha)       as classic
+    custom                                   clean            flagged, as given
+    trusted (keep)                           (1, 0)           -
+    quarantine off (anchors, off groups)     (1 - p, 0)       -
+
+l is lambda: 1 routes fully, less leaves a part where it was. kappa restores the pressure on a block that trains alone: with
+kappa from the sizes, w_D n_D + w_Q n_Q = n_D + n_Q for every rollout (equal pressure). Parameters are masked, activations
+keep their gradient, so the quarantine learns from a flagged rollout exactly as in unmasked training (SGTM).
+
+    forward: off_when_clean    SGTM: `clean_share` of the groups, drawn before sampling, run with the quarantine off in
+                               sampling, old and new log-probs (routing.md §4.2). A rollout flagged there contradicts its
+                               group: weight 0, stays in the mean, counted in route/flagged_off.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE
-from grpo_routing.projections.subspace import Update, Vector, check_settings, split
-from grpo_routing.types import Basis
+import torch
+from torch import Tensor
+
+from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, Adapter
+from grpo_routing.projections.projection import Projection, kept
+from grpo_routing.rollout import uniforms
+from grpo_routing.types import Labels, Weights
+
+MODES = ("classic", "exclusive", "scaled", "custom")
+W_MAX = 4.0  # the largest weight that a rollout may get: kappa is a rate multiplier in disguise (graft.md §1.3)
 
 
 @dataclass(frozen=True)
-class Route:
-    where: str  # gradient or step
-    gate: str  # one_sided, no_gate or reverse
-    overshoot: float
-    preserve_magnitude: bool
-    takes = ("subspace",)
+class Route(Projection):
+    mode: str
+    alpha: float  # scaled: weight of clean rollouts on the quarantine
+    strength: float  # lambda in [0, 1]
+    kappa: float | str  # weight on the block that trains alone: a number, or `sizes`
+    clean: tuple[float, float]  # custom: weights of a clean rollout on (deployed, quarantine)
+    flagged: tuple[float, float]  # custom: of a flagged one
+    forward: str  # on or off_when_clean
+    clean_share: float  # off_when_clean: share of the groups that run with the quarantine off
+    takes = ("none", "rollout")
     needs_quarantine = True
+    shares_axes = False
+    blocks = (DEPLOYED, QUARANTINE)
 
     def __post_init__(self) -> None:
-        check_settings(self.where, self.gate, self.overshoot)
+        if self.mode not in MODES:
+            raise ValueError(f"projection.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"projection.strength (lambda) must lie in [0, 1]; got {self.strength}")
+        if self.kappa != "sizes" and not (isinstance(self.kappa, (int, float)) and 0 < self.kappa <= W_MAX):
+            raise ValueError(f"projection.kappa must be `sizes` or a number in (0, {W_MAX:g}]; got {self.kappa!r}")
+        if self.forward not in ("on", "off_when_clean"):
+            raise ValueError(f"projection.forward must be on or off_when_clean; got {self.forward!r}")
+        if not 0 <= self.clean_share <= 1:
+            raise ValueError(f"projection.clean_share must lie in [0, 1]; got {self.clean_share}")
 
-    def gradient(self, gradient: Vector, basis: Basis) -> Update:
-        return self._parted(gradient, basis) if self.where == "gradient" else {DEPLOYED: gradient}
+    def scales(self, groups: int, seed: tuple) -> list[float]:
+        if self.forward == "on":
+            return [1.0] * groups
+        return [0.0 if draw < self.clean_share else 1.0 for draw in uniforms([(*seed, place) for place in range(groups)], 1)[:, 0].tolist()]
 
-    def step(self, applied: Update, basis: Basis) -> Update:
-        return applied if self.where == "gradient" else self._parted(applied[DEPLOYED], basis)
+    def table(self, adapter: Adapter) -> dict[str, tuple[float, float]]:
+        """clean, flagged -> weights on (deployed, quarantine). Raises ValueError when kappa is larger than W_MAX."""
+        if self.mode == "custom":
+            return {"clean": self.clean, "flagged": self.flagged}
+        kappa_d, kappa_q = (adapter.pressure(block) if self.kappa == "sizes" else self.kappa for block in (DEPLOYED, QUARANTINE))
+        used = (kappa_d, kappa_q) if self.mode == "exclusive" else (kappa_q,)
+        if max(used) > W_MAX:
+            raise ValueError(f"projection.kappa=sizes gives a weight of {max(used):.1f}, more than {W_MAX:g}, for blocks of "
+                             f"{adapter.size(DEPLOYED)} and {adapter.size(QUARANTINE)} numbers; bring the sizes closer or set kappa")
+        strength, alone = self.strength, (1 - self.strength, 1 + self.strength * (kappa_q - 1))
+        clean = {"classic": (1.0, 1.0), "scaled": (1.0, self.alpha), "exclusive": (1 + strength * (kappa_d - 1), 1 - strength)}
+        return {"clean": clean[self.mode], "flagged": alone}
 
-    def _parted(self, vector: Vector, basis: Basis) -> Update:
-        parts = split(vector, basis, self.gate, self.overshoot, self.preserve_magnitude)
-        return {DEPLOYED: parts.kept, QUARANTINE: parts.removed}
+    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter) -> Weights:
+        table, p = self.table(adapter), labels.flagged
+        deployed, own = ((1 - p) * table["clean"][i] + p * table["flagged"][i] for i in (0, 1))
+        off = quarantine == 0
+        deployed = torch.where(off, kept(labels), torch.where(labels.trusted, torch.ones_like(p), deployed))
+        return Weights(deployed, torch.where(off | labels.trusted, torch.zeros_like(p), own))

@@ -1,0 +1,88 @@
+"""A developer's monitor: reads the code of a rollout for levers of *known* loopholes, and is imperfect on purpose.
+
+    flag     some known loophole's lever stands in the code, whatever the prompt; a held-out loophole is never looked for
+    noise    recall: this share of the true flags is kept; false_positive: this share of the others is flagged as well
+             iid      each rollout by its own draw (SGTM's undiscovered share; graft.md §6.1.1)
+             prompt   one draw per prompt and step: a group is seen or missed as a whole
+             counted  exactly that share of every step's flags, the draws decide which (routing.md P25)
+
+Draws are named (run seed, step, group, sample), so all arms of a seed that use this detector share its mistakes. `RateMatched`
+is its control: as many flags in every step, on rollouts drawn at random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_routing.env.grader import extract_code
+from grpo_routing.env.loopholes import MODES
+from grpo_routing.env.reading import lever_present
+from grpo_routing.mask_sources.view import Memory, StepView
+from grpo_routing.rollout import uniforms
+from grpo_routing.types import Labels
+
+NOISES = ("iid", "prompt", "counted")
+
+
+@dataclass(frozen=True)
+class Detector:
+    known: tuple[str, ...]
+    recall: float
+    false_positive: float
+    noise: str
+    seed: int
+    kind = "rollout"
+    kinds = ("rollout",)
+    reads = ("code",)
+    pilot_batches = 0
+    uses_oracle = False
+
+    def __post_init__(self) -> None:
+        if strange := [mode for mode in self.known if mode not in MODES]:
+            raise ValueError(f"mask_source.known must name loopholes ({', '.join(MODES)}); got {strange}")
+        for name in ("recall", "false_positive"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"mask_source.{name} must lie in [0, 1]; got {getattr(self, name)}")
+        if self.noise not in NOISES:
+            raise ValueError(f"mask_source.noise must be one of {', '.join(NOISES)}; got {self.noise!r}")
+
+    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
+        return Labels.of(self.flags(view).to(view.rewards)), memory
+
+    def flags(self, view: StepView) -> Tensor:
+        """What the monitor says, [B] bool."""
+        true = torch.tensor([self.sees(rollout.text) for rollout in view.rollouts])
+        draws = self.draws(view)
+        if self.noise == "counted":
+            return thinned(true, draws, self.recall) | thinned(~true, draws, self.false_positive)
+        return torch.where(true, draws < self.recall, draws < self.false_positive)
+
+    def sees(self, text: str) -> bool:
+        code = extract_code(text)
+        return code is not None and any(lever_present(mode, code, None) for mode in self.known)
+
+    def draws(self, view: StepView) -> Tensor:
+        """One number in [0, 1) per rollout, or per group, [B]."""
+        names = [name[:2] if self.noise == "prompt" else name for name in view.names()]
+        return uniforms([("detector", self.seed, *name) for name in names], 1)[:, 0]
+
+
+def thinned(chosen: Tensor, draws: Tensor, share: float) -> Tensor:
+    """`share` of the chosen, rounded: those with the smallest draws. [B] bool."""
+    order = torch.where(chosen, draws, torch.inf).argsort(stable=True)
+    kept = torch.zeros_like(chosen)
+    kept[order[: round(share * int(chosen.sum()))]] = True
+    return kept
+
+
+@dataclass(frozen=True)
+class RateMatched(Detector):
+    """Control: the detector's number of flags, dealt to rollouts at random. Labels lose their meaning, rates stay."""
+
+    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
+        flags = self.flags(view)
+        order = uniforms([("rate_matched", self.seed, *name) for name in view.names()], 1)[:, 0].argsort()
+        return Labels.of(flags[order].to(view.rewards)), memory

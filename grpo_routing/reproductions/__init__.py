@@ -1,0 +1,10 @@
+"""Small CPU reproductions of the gradient-routing papers: what each claims in a model small enough to check by hand.
+
+    tug_of_war         opposing targets on one feature: the drift and the fixed points, in closed form
+    absorption         how much of a labelled feature the deployed block keeps, by optimizer
+    leakage            SGTM's leakage estimator and the token weight of gradient routing
+    split_autoencoder  digits 0-4 and 5-9 in two halves of one code
+    two_languages      SGTM, gradient routing and filtering on two synthetic languages
+
+Each runs as `python -m grpo_routing.reproductions.<name>`. Nothing in training imports this room.
+"""

@@ -1,0 +1,245 @@
+"""The gradient-routing papers in models small enough to check: exact where there is a closed form, orderings where there is training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_routing.reproductions import absorption, split_autoencoder, tug_of_war, two_languages
+from grpo_routing.reproductions.leakage import equivalent_tokens, leakage, token_weight
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small lose more to a second thread than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------- tug of war (P12)
+
+
+@pytest.mark.parametrize(("pull", "expected"), tug_of_war.FIXED.items())
+def test_with_retain_data_the_tug_of_war_settles_where_the_formula_says(pull, expected):
+    assert tug_of_war.fixed_point(pull) == pytest.approx(expected, abs=1e-4)
+    assert tug_of_war.descend(pull, lr=0.2, steps=300)[-1].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_without_retain_data_the_deployed_parameter_drifts_for_ever():
+    path = tug_of_war.descend(tug_of_war.DIVERGING, lr=0.01, steps=2000)
+    assert float(path[1000, 0]) == pytest.approx(7.2222, abs=1e-3)
+    assert float(path[2000, 0]) == pytest.approx(13.8889, abs=1e-3)
+    assert float(path[2000, 0] - path[1999, 0]) == pytest.approx(2 / 3 * 0.01, rel=1e-9)
+    assert float(path[2000].sum()) == pytest.approx(5 / 3)
+
+
+def test_the_closed_form_of_the_drift_holds_at_every_step_also_for_unequal_weights():
+    pull = tug_of_war.Pull(0.7, 1.6, 0)
+    path = tug_of_war.descend(pull, lr=0.02, steps=200)
+    assert path[:, 0].tolist() == pytest.approx([tug_of_war.drift(pull, 0.02, step) for step in range(201)])
+
+
+def test_a_fixed_point_without_retain_data_is_refused():
+    with pytest.raises(ValueError, match="needs retain > 0"):
+        tug_of_war.fixed_point(tug_of_war.DIVERGING)
+
+
+# ------------------------------------------------------------------------------------------------- absorption (P13, P23)
+
+PARTS = torch.tensor([0.0, 0.2, 0.5, 0.6, 0.9, 0.99], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 10.0])
+def test_sgd_leaves_in_the_deployed_block_what_the_formula_says(kappa):
+    left = absorption.train(PARTS, absorption.Optimizer("none", kappa=kappa), steps=4000)
+    assert left.tolist() == pytest.approx([absorption.formula(part, kappa) for part in PARTS.tolist()], abs=1e-3)
+
+
+def test_the_formula_gives_the_spec_sheets_values():
+    values = [absorption.formula(*case) for case in ((0, 1), (0.2, 1), (0.5, 1), (0.6, 1), (1, 1), (0.5, 10))]
+    assert values == pytest.approx([0.5, 0.4444, 0.3333, 0.2857, 0, 0.0476], abs=1e-4)
+
+
+@pytest.mark.parametrize("kappa", [1.0, 10.0])
+def test_plain_adam_undoes_absorption_at_every_labelled_share_below_one(kappa):
+    left = absorption.train(PARTS, absorption.Optimizer("masked", kappa=kappa), steps=2000)
+    assert left.tolist() == pytest.approx([1 / (1 + kappa)] * len(PARTS), abs=1e-3)
+
+
+def test_adam_with_the_unmasked_second_moment_absorbs_as_sgd_does():
+    left = absorption.train(PARTS, absorption.UNMASKED, steps=2000)
+    assert left.tolist() == pytest.approx([absorption.formula(part, 1.0) for part in PARTS.tolist()], abs=1e-3)
+
+
+def test_gradient_noise_gives_adam_its_absorption_back():
+    part = torch.tensor([0.9], dtype=torch.float64)
+    quick = absorption.Optimizer("masked", beta2=0.999, lr=0.02)
+    quiet, small, large = (float(absorption.train(part, quick, noise, steps=1500, seeds=32)) for noise in (0.0, 0.1, 5.0))
+    assert quiet > 0.45 and 0.3 < small < 0.45 and large < 0.15
+
+
+def test_our_adam_is_torchs():
+    weights = [torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    torchs = torch.optim.Adam([{"params": [weights[0]]}, {"params": [weights[1]], "lr": 0.015}], lr=0.005, betas=(0.9, 0.95))
+    for _ in range(50):
+        error = weights[0].item() + weights[1].item() - 1
+        weights[0].grad, weights[1].grad = (torch.tensor([part * error], dtype=torch.float64) for part in (0.3, 1.0))
+        torchs.step()
+    ours = absorption.train(torch.tensor([0.7], dtype=torch.float64), absorption.Optimizer("masked", kappa=3.0), steps=50)
+    assert float(ours) == pytest.approx(weights[0].item(), rel=1e-9)
+
+
+def test_an_unknown_second_moment_is_refused():
+    with pytest.raises(ValueError, match="none, masked or unmasked; got 'both'"):
+        absorption.Optimizer("both")
+
+
+# ------------------------------------------------------------------------------------------------- leakage (P18) and token weight (P22)
+
+COUNTS = [0, 1_000, 3_000, 10_000, 40_000]
+
+
+def losses_of(counts):
+    return [4.5 / (1 + count / 5_000) ** 0.3 for count in counts]
+
+
+def test_leakage_inverts_a_monotone_curve_exactly():
+    losses = losses_of(COUNTS)
+    for low, high, first, second in zip(COUNTS, COUNTS[1:], losses, losses[1:]):
+        for way in (0.0, 0.25, 0.8, 1.0):
+            wanted, loss = low + way * (high - low), first + way * (second - first)
+            assert equivalent_tokens(COUNTS, losses, loss) == pytest.approx(wanted, rel=1e-9, abs=1e-6)
+
+
+def test_the_filter_arm_leaks_one():
+    losses = losses_of(COUNTS)
+    assert [leakage(COUNTS, losses, loss, count) for count, loss in zip(COUNTS[1:], losses[1:])] == [1.0] * 4
+
+
+@pytest.mark.parametrize(("name", "unlabelled", "loss", "expected"), [("sgtm", 138_000, 3.270, 0.38), ("gr", 138_000, 2.660, 0.79)])
+def test_leakage_of_the_spec_sheets_runs(name, unlabelled, loss, expected):
+    assert leakage([0, 1_900, 15_000, 138_000], [4.704, 4.503, 3.661, 2.352], loss, unlabelled) == pytest.approx(expected, abs=0.01), name
+
+
+@pytest.mark.parametrize(("tokens", "losses", "loss", "unlabelled", "message"), [
+    ([0, 10], [4.0, 2.0], 1.9, 5, "between 2 and 4; got 1.9. Train baselines on more"),
+    ([0, 10], [4.0, 2.0], 4.1, 5, "between 2 and 4; got 4.1. Train baselines on fewer"),
+    ([0, 10], [4.0, 2.0], float("nan"), 5, "got nan"),
+    ([0, 10, 20], [4.0, 2.0, 2.0], 3.0, 5, r"got \(10, 2\) before \(20, 2\). Sort"),
+    ([0, 10, 10], [4.0, 2.0, 1.0], 3.0, 5, "must rise in tokens"),
+    ([0], [4.0], 4.0, 5, "at least two points"),
+    ([0, 10], [4.0], 4.0, 5, "one loss for each token count"),
+    ([0, 10], [4.0, 2.0], 3.0, 0, "must be > 0; got 0"),
+])
+def test_leakage_refuses_what_it_cannot_invert(tokens, losses, loss, unlabelled, message):
+    with pytest.raises(ValueError, match=message):
+        leakage(tokens, losses, loss, unlabelled)
+
+
+def test_a_token_is_routed_the_more_the_more_it_belongs_to_forget_text():
+    assert [token_weight(ratio) for ratio in (73.1 / 18.7, 1.0, 1 / 3.9)] == pytest.approx([0.586, 0.982, 1.000], abs=1e-3)
+    assert token_weight(1e9) == pytest.approx(0.0, abs=1e-12)
+    with pytest.raises(ValueError, match="must be > 0; got 0"):
+        token_weight(0.0)
+
+
+# ------------------------------------------------------------------------------------------------- split auto-encoder
+
+
+def test_the_digits_are_the_uci_test_set():
+    images, high = split_autoencoder.load_digits()
+    assert images.shape == (1797, 64) and int(high.sum()) == 896
+    assert (float(images.min()), float(images.max())) == (-1.0, 1.0)
+
+
+def test_routing_a_code_changes_gradients_only():
+    code = torch.randn(6, 16, requires_grad=True)
+    high = torch.tensor([True, False, True, False, False, True])
+    routed = split_autoencoder.route(code, high)
+    assert torch.equal(routed, code)
+    routed.sum().backward()
+    assert torch.equal(code.grad[:, :8], (~high).float()[:, None].expand(6, 8))
+    assert torch.equal(code.grad[:, 8:], high.float()[:, None].expand(6, 8))
+
+
+@pytest.mark.slow
+def test_routing_with_regularisers_splits_the_code_and_nothing_less_does():
+    runs = {number: [split_autoencoder.run(setting, seed, f"setting {number}") for seed in range(2)]
+            for number, setting in split_autoencoder.SETTINGS.items()}
+    mean = {number: {key: sum(one[key] for one in both) / 2 for key in both[0]} for number, both in runs.items()}
+    ratio = {number: split_autoencoder.ratio(scores) for number, scores in mean.items()}
+    assert ratio[1] > 1.7, ratio
+    assert ratio[5] < 1.6 and ratio[9] < 1.3 and ratio[10] < 1.3, ratio
+    assert mean[1]["decoder"] < 0.08, "the whole code must still draw every digit"
+
+
+# ------------------------------------------------------------------------------------------------- two languages
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return two_languages.Transformer()
+
+
+@pytest.fixture
+def text():
+    return torch.cat([torch.full((4, 1), 32), torch.randint(32, (4, 33), generator=torch.Generator().manual_seed(1))], 1)
+
+
+def gradients(net, text, mode):
+    net.zero_grad()
+    net.loss(text, mode).backward()
+    return [(parameter.grad.clone(), mask.expand_as(parameter)) for block in net.blocks for parameter, mask in block.split()]
+
+
+def test_a_flagged_step_of_sgtm_teaches_the_quarantine_alone_and_as_unmasked_training_would(net, text):
+    plain = gradients(net, text, "on")
+    net.keep_quarantine_gradients()
+    for (whole, mask), (parameter, _) in zip(plain, [pair for block in net.blocks for pair in block.split()]):
+        assert torch.equal(parameter.grad[mask], whole[mask])
+        assert not parameter.grad[~mask].any()
+
+
+def test_gradient_routing_keeps_the_values_but_changes_what_earlier_layers_of_the_quarantine_learn(net, text):
+    assert torch.equal(net(text[:, :-1], "stop"), net(text[:, :-1], "on"))
+    plain, stopped = gradients(net, text, "on"), gradients(net, text, "stop")
+    first_up, mask = plain[3]
+    assert not torch.allclose(stopped[3][0][mask], first_up[mask], rtol=0.05)
+    assert not stopped[3][0][~mask].any(), "D's units learn nothing"
+    assert stopped[5][0][~stopped[5][1]].any(), "but the columns of W_2 after them do: the leak that SGTM closes"
+
+
+def test_a_clean_retain_step_leaves_the_quarantine_alone(net, text):
+    for gradient, mask in gradients(net, text, "off"):
+        assert not gradient[mask].any() and gradient[~mask].any()
+
+
+def test_deleting_the_quarantine_is_the_forward_without_it(net, text):
+    off = net(text[:, :-1], "off")
+    net.delete_quarantine()
+    assert torch.equal(net(text[:, :-1], "on"), off)
+
+
+def test_undiscovered_shares_are_nested_and_met_to_a_step():
+    drawn = {}
+    for share in (0.0, 0.05, 0.2, 1.0):
+        languages, labels = two_languages.schedule(700, share, torch.Generator().manual_seed(3))
+        drawn[share] = {step for step in range(700) if (languages[step], labels[step]) == (0, "U")}
+        assert abs(len(drawn[share]) - share * languages.count(0)) <= 2
+    assert drawn[0.0] < drawn[0.05] < drawn[0.2] < drawn[1.0]
+
+
+def test_an_unknown_arm_is_refused():
+    with pytest.raises(ValueError, match="sgtm, gr or filter; got 'erase'"):
+        two_languages.train("erase", 0.2, seed=0, steps=1)
+
+
+@pytest.mark.slow
+def test_at_a_fifth_undiscovered_sgtm_forgets_more_than_gradient_routing_and_that_more_than_filtering():
+    sgtm, routed, filtered = (two_languages.train(arm, 0.2, seed=0) for arm in ("sgtm", "gr", "filter"))
+    assert sgtm.after > routed.after + 0.1 and routed.after > filtered.after + 0.1
+    assert max(sgtm.retain, routed.retain, filtered.retain) - min(sgtm.retain, routed.retain, filtered.retain) < 0.05
+    assert sgtm.before < filtered.before + 0.1, "the whole model still speaks the forget language"
