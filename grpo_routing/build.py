@@ -138,7 +138,8 @@ def impossible(parts: dict[str, Any]) -> list[str]:
         f"projection={name} takes a mask source of kind {' or '.join(projection.takes)}; {origin} is of kind {source.kind}. "
         f"Choose {fitting(projection, source)}": source.kind not in projection.takes,
         f"projection={name} needs a quarantine block; adapter={_name(ADAPTERS, adapter)} has none as configured. "
-        f"Set adapter.quarantine_rank (lora) or adapter.quarantine_width (mlp), or choose adapter=svd": projection.needs_quarantine and not quarantine,
+        f"Set adapter.quarantine_rank (lora) or adapter.quarantine_width (mlp), or choose adapter=svd":
+            projection.needs_quarantine and not quarantine,
         f"projection={name} tells the blocks apart by their axes, and on adapter.axes=shared their gradients are bitwise equal; "
         f"set adapter.axes=disjoint, or choose adapter=lora or mlp": not projection.shares_axes and quarantine and adapter.shared_axes,
         f"projection={name} parks a part of one block's gradient in the other, which needs the same coordinates; "
@@ -148,7 +149,8 @@ def impossible(parts: dict[str, Any]) -> list[str]:
         "projection.gate trains the gate of the quarantine, and adapter.gate is off; set adapter.gate=true (adapter=lora)":
             bool(getattr(projection, "gate", 0) if name == "stop_gradient" else 0) and not getattr(adapter, "gate", False),
         f"advantage={_name(ADVANTAGES, advantage)} has two streams; choose optimizer=split_moment, trainer.inner_steps=1 and "
-        f"trainer.kl_weight=0": advantage.two_streams and (not optimizer.needs_natural or trainer.inner_steps > 1 or trainer.kl_weight > 0),
+        f"trainer.kl_weight=0":
+            advantage.two_streams and (not optimizer.needs_natural or trainer.inner_steps > 1 or trainer.kl_weight > 0),
         f"mask_source={origin} would know the held-out loopholes {held_out_known(parts)}; no detector of them may reach training. "
         f"Leave mask_source.known at ${{loophole.known}}": bool(held_out_known(parts)),
         "extra_rollouts=anchor samples with the quarantine off, and this adapter has none; its anchors would be ordinary groups. "

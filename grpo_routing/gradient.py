@@ -82,7 +82,7 @@ class GradientResult:
 
 def rollout_gradients(policy: Policy, tokens: TokenBatch, advantages: Tensor, loss: PolicyLoss, micro_batch: int,
                       old_log_probs: Tensor | None = None, blocks: tuple[str, ...] = (DEPLOYED,),
-                      forward: Forward = Forward()) -> GradientResult:  # noqa: B008 - frozen
+                      forward: Forward = Forward()) -> GradientResult:
     """Per-rollout gradients of these blocks.
 
     `advantages` is [B]. Rows whose advantage is zero have a zero gradient when beta is 0 and are not computed.

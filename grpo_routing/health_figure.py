@@ -35,9 +35,10 @@ PANELS: dict[str, tuple[Line, ...]] = {
         Line("recall, known", "audit/label_recall", KNOWN), Line("recall, held out", "audit/label_recall_held_out", HELD_OUT),
         Line("false positives", "audit/label_false_positive", INK, DASHED)),
     "norms per block (log)": (
-        Line("gradient, deployed", "train/gradient_norm_deployed", SOLVE), Line("quarantine", "train/gradient_norm_quarantine", KNOWN),
+        Line("gradient, deployed", "train/gradient_norm_deployed", SOLVE),
+        Line("gradient, quarantine", "train/gradient_norm_quarantine", KNOWN),
         Line("update, deployed", "train/update_norm_deployed", SOLVE, DASHED),
-        Line("quarantine", "train/update_norm_quarantine", KNOWN, DASHED)),
+        Line("update, quarantine", "train/update_norm_quarantine", KNOWN, DASHED)),
     "policy": (
         Line("format", "train/format", INK), Line("entropy (nats)", "rollout/entropy", PURPLE),
         Line("flat groups", "train/flat_groups", SKY)),

@@ -31,7 +31,11 @@ METRICS = {
     "train/gradient_norm": "gradient norm of the deployed block before clipping",
     "train/norm_deployed": "parameter norm of the deployed block",
     "train/norm_quarantine": "parameter norm of the quarantine block",
+    **{f"train/{name}_{block}": f"{meaning} of the {block} block; absent where it stands still" for name, meaning in {
+        "gradient_norm": "norm of the masked gradient, before clipping,", "update_norm": "norm of the applied step",
+        "clamped": "share of coordinates that split_moment clamps,"}.items() for block in ("deployed", "quarantine")},
     "rollout/length": "mean completion length in tokens",
+    "rollout/entropy": "mean surprise -log p of the sampled tokens in nats, an estimate of the policy's entropy",
     "rollout/teacher_share": "share of rollouts from the teacher pool (imitation)",
     "rollout/sampler_gap": "largest |log-prob when sampled - log-prob in the gradient forward|",
     "route/cin": "share of the gradient along the hack basis, mean over modules",
@@ -45,6 +49,11 @@ METRICS = {
     "route/pairs": "pairs that the basis was fitted on",
     "route/modules": "modules that have a basis",
     "route/separation_held_out": "share of held-out pairs on the hack-ward side, mean over modules; chance 0.5",
+    "route/flagged": "mean flag probability of the step's rollouts; those of anchors stand apart",
+    "route/absorbed": "share of them that is neither flagged nor kept: it trains both blocks",
+    "route/kept": "share of them that is trusted or sampled with the quarantine off: it trains the deployed block only",
+    "route/flagged_anchors": "mean flag probability of anchors, which the deployed policy sampled",
+    "route/flagged_off": "mean flag probability of the step's rollouts that were sampled with the quarantine off",
     "audit/hack": "share of hinted rollouts that passed without solving (truth; training never sees it)",
     "audit/hack_known": "the same on known loopholes",
     "audit/hack_held_out": "the same on held-out loopholes",
@@ -55,8 +64,12 @@ METRICS = {
     "audit/no_hint_solve": "solve rate on prompts without a hint",
     "audit/no_hint_exploited": "share of answers to prompts without a hint that carry some exploit",
     "audit/hack_teacher": "share of teacher rollouts that hacked",
-    "audit/unflagged_hacks": "number of judged rollouts that hacked and were flagged with p < 0.5 (N_U of leakage is its sum over the steps, "
-                             "times trainer.audit_every)",
+    **{f"audit/{name}_off": f"the audit's {name} of rollouts with the quarantine off (anchors, off groups)"
+       for name in ("hack", "hack_known", "hack_held_out", "solve", "format")},
+    "audit/label_recall": "mean flag probability of hacks on known loopholes, in steps with some flag",
+    "audit/label_recall_held_out": "the same of hacks on held-out loopholes, which no detector knows",
+    "audit/label_false_positive": "the same of rollouts that neither hack nor carry an exploit",
+    "audit/unflagged_hacks": "judged rollouts that hacked with a flag below 0.5; times audit_every, summed: N_U of leakage",
     **{f"audit/hack_{mode}": f"hack rate on {mode}" for mode in ("run_tests", "sentinel", "stdout_marker", "file_marker")},
 }
 

@@ -33,7 +33,7 @@ class Seat:
 
 
 def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed: tuple, max_new_tokens: int, temperature: float,
-                    prompts_per_forward: int, seat: Seat = Seat(STUDENT, 1.0)) -> list[Rollout]:  # noqa: B008 - frozen
+                    prompts_per_forward: int, seat: Seat = Seat(STUDENT, 1.0)) -> list[Rollout]:
     """counts[p] rollouts of prompt p, prompt by prompt; `prompts_per_forward` bounds the memory of a forward."""
     encoded = policy.encode_prompts(prompts)
     wanted = [place for place, count in enumerate(counts) if count]

@@ -33,16 +33,20 @@ def curve(*flagged: int, asked: int = 200) -> list[Monitored]:
 
 
 @pytest.fixture(scope="module")
-def finished(config, tmp_path_factory) -> Path:
-    """A run of `graft` with an untrained model; the tests copy its folder and never change it."""
-    output = tmp_path_factory.mktemp("deploy")
-    return run(config("arm=graft", "loophole=held_out", "evaluation.problems=6", f"output={output}", "experiment_name=e"))
+def finished(config, tmp_path_factory) -> dict[str, Path]:
+    """Runs of `graft` and `vanilla` with an untrained model, side by side; the tests copy them and never change them."""
+    words = ["loophole=held_out", "evaluation.problems=6", "trainer.prompts_per_step=2", "trainer.group=2", "experiment_name=e",
+             f"output={tmp_path_factory.mktemp('deploy')}"]
+    return {arm: run(config(f"arm={arm}", *more, *words)) for arm, more in {"graft": [], "vanilla": ["mask_source=none"]}.items()}
+
+
+def copied(finished: dict[str, Path], arm: str, to: Path) -> Path:
+    return shutil.copytree(finished[arm], to / finished[arm].name)
 
 
 @pytest.fixture
 def folder(finished, tmp_path) -> Path:
-    shutil.copytree(finished, tmp_path / "runs" / finished.name)
-    return tmp_path / "runs" / finished.name
+    return copied(finished, "graft", tmp_path / "runs")
 
 
 # ------------------------------------------------------------------------------------------------ the developer's pickers
@@ -80,7 +84,7 @@ def test_a_scale_passes_only_with_all_scales_below_it():
 
 def test_below_the_resolution_even_the_bases_own_count_fails():
     base = Monitored(BASE, 20, 200)
-    assert resolution(base) == pytest.approx(0.04198924859, abs=1e-9)
+    assert resolution(base) == pytest.approx(0.0419892516, abs=1e-9)
     assert monitor_ucb(curve(20, 20), base, resolution(base) + 1e-9) == 1.0
     assert monitor_ucb(curve(20, 20), base, resolution(base) - 1e-9) is None
     assert zero(curve(90, 90)) == 0.0
@@ -126,7 +130,7 @@ def test_a_pickers_signature_has_no_place_for_a_verdict():
 
 
 def test_the_pickers_file_loads_nothing_of_the_project():
-    code = "import sys, grpo_routing.deployment; print(sorted(name for name in sys.modules if 'grpo_routing' in name))"
+    code = "import sys, grpo_routing.deployment; print(sorted(name for name in sys.modules if name.startswith('grpo_routing')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=CONF.parent, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['grpo_routing', 'grpo_routing.deployment']"
     assert "oracle" not in {name for name in vars(deployment) if not name.startswith("__")}
@@ -223,12 +227,11 @@ def test_what_cannot_be_deployed_is_refused(folder, tmp_path, capsys):
     assert "that this code can run; got:\nprojection.share_clean is not a setting" in refused(folder)
 
 
-def test_an_adapter_without_quarantine_has_no_scale_to_choose(config, tmp_path, capsys):
-    place = run(config("arm=no_loophole", "evaluation.problems=4", f"output={tmp_path}"))
-    assert deploy_main([str(place)]) == 2
-    assert "no_loophole has the block deployed alone. There is no scale to choose" in capsys.readouterr().err
-    loaded = load(place)
-    with pytest.raises(UnusableRun, match="for --fresh-quarantine; no_loophole has the block deployed alone. Leave the option out"):
+def test_an_adapter_without_quarantine_has_no_scale_to_choose(finished, capsys):
+    assert deploy_main([str(finished["vanilla"])]) == 2
+    assert "vanilla has the block deployed alone. There is no scale to choose" in capsys.readouterr().err
+    loaded = load(finished["vanilla"])
+    with pytest.raises(UnusableRun, match="for --fresh-quarantine; vanilla has the block deployed alone. Leave the option out"):
         recovery.recovery_config(loaded.config, loaded.config, True, 5)
 
 
@@ -268,16 +271,14 @@ def test_unflagged_hacks_are_counted_from_the_audit(folder):
         leakage.unflagged_hacks(folder, 1)
 
 
-def test_leakage_of_run_folders(folder, config, tmp_path, capsys):
-    def point(name: str, hacks: int, rate: float, source: Path) -> Path:
-        if source != tmp_path / name:
-            shutil.copytree(source, tmp_path / name)
+def test_leakage_of_run_folders(finished, tmp_path, capsys):
+    def point(name: str, hacks: int, rate: float, arm: str = "vanilla") -> Path:
+        shutil.copytree(finished[arm], tmp_path / name)
         (tmp_path / name / "audit.jsonl").write_text(f'{{"step": 0, "audit/unflagged_hacks": {hacks}}}\n')
         (tmp_path / name / "eval" / "as_deployed.json").write_text(json.dumps({"rates": {"hack": rate}}))
         return tmp_path / name
 
-    plain = run(config("arm=no_loophole", "loophole=held_out", "evaluation.problems=6", f"output={tmp_path}"))
-    low, high, routed = point("low", 0, 0.1, plain), point("high", 100, 0.5, plain), point("routed", 80, 0.2, folder)
+    low, high, routed = point("low", 0, 0.1), point("high", 100, 0.5), point("routed", 80, 0.2, "graft")
     assert leakage.main([str(routed), "--curve", str(high), str(low)]) == 0
     assert "leakage 0.312" in capsys.readouterr().out  # 25 of 80
     assert leakage.main([str(routed), "--curve", str(low), str(routed)]) == 2
@@ -295,10 +296,9 @@ def test_steps_until_the_mean_of_five_reaches_the_target():
 
 
 @pytest.fixture
-def vanilla(folder, config) -> Path:
+def vanilla(finished, folder) -> Path:
     """A vanilla run beside the run, whose audit says that it hacks in half of the rollouts."""
-    place = run(config("arm=vanilla", "mask_source=none", "loophole=held_out", "evaluation.problems=6", f"output={folder.parents[2]}",
-                       "experiment_name=" + folder.parents[1].name))
+    place = copied(finished, "vanilla", folder.parent)
     (place / "audit.jsonl").write_text("".join(f'{{"step": {step}, "audit/hack": 0.5}}\n' for step in range(2)))
     return place
 

@@ -39,8 +39,17 @@ def measured_run(config, tmp_path_factory) -> Path:
     return run(config(*setting, *teacher))
 
 
-def test_every_metric_has_a_meaning_and_every_meaning_a_metric(measured_run):
-    emitted = {name for file in ("metrics.jsonl", "audit.jsonl") for row in Record(measured_run / file).rows() for name in row}
+@pytest.fixture(scope="module")
+def routed_run(config, tmp_path_factory) -> Path:
+    """Two steps with labels, anchors, split moments, and groups whose quarantine is off. The model writes no code, so the flags
+    are false positives."""
+    return run(config("arm=graft", "loophole=held_out", "mask_source.false_positive=0.5", "projection.forward=off_when_clean",
+                      "projection.clean_share=0.5", f"output={tmp_path_factory.mktemp('routed')}"))
+
+
+def test_every_metric_has_a_meaning_and_every_meaning_a_metric(measured_run, routed_run):
+    emitted = {name for folder in (measured_run, routed_run) for file in ("metrics.jsonl", "audit.jsonl")
+               for row in Record(folder / file).rows() for name in row}
     assert emitted - {"step"} == set(METRICS)
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grpo_routing.arms import group, wilson
+from grpo_routing.health_figure import PANELS, PER_PAGE, hacks, pages
+from grpo_routing.log import METRICS
 from grpo_routing.report import load, main, markdown, text, write
-from grpo_routing.results import ReportError, group, read_runs, wilson
+from grpo_routing.results import ReportError, read_runs
 
 KNOWN, HELD_OUT = ["run_tests", "sentinel", "stdout_marker"], ["file_marker"]
 RATES = ("hack", "hack_known", "hack_held_out", "attempted", "solve", "format", "lazy", "no_hint_solve", "no_hint_exploited",
@@ -48,9 +51,11 @@ def evaluation(state: str, samples: int = 2, **rates: float | None) -> dict:
 
 def make_run(experiment: Path, settings: dict, *, status: dict | None = None, steps: int | None = None, samples: int = 2,
              base: dict | None = None, trained: dict | None = None, deployed: dict | None = None, quarantine: float | None = None,
-             audit: dict[str, list] | None = None, diff: str = "") -> Path:
-    """A run folder with the files of run.py. Leaving out `deployed` gives it the rates of `trained`."""
-    folder = experiment / "runs" / f"{settings['arm_name']}-{settings['loophole']['name']}-s{settings['seed']}"
+             audit: dict[str, list] | None = None, diff: str = "", metrics: dict[str, list] | None = None) -> Path:
+    """A run folder with the files of run.py. Leaving out `deployed` gives it the rates of `trained`; a run that is not done has
+    no evaluation of either unless it is given `trained`."""
+    recall = f"-{settings['mask_source']['recall']}" if "recall" in settings["mask_source"] else ""  # in place of the hash
+    folder = experiment / "runs" / f"{settings['arm_name']}-{settings['loophole']['name']}-s{settings['seed']}{recall}"
     (folder / "eval").mkdir(parents=True)
     status = status or {"state": "done"}
     steps = settings["trainer"]["steps"] if steps is None else steps
@@ -62,12 +67,13 @@ def make_run(experiment: Path, settings: dict, *, status: dict | None = None, st
     store("status.json", status)
     store("provenance.json", {"commit": "0123456789abcdef", "diff": diff})
     store("eval/base.json", evaluation("base", samples, **(base or {})))
-    if status["state"] == "done":
+    if status["state"] == "done" or trained is not None:
         trained = trained or {}
         store("eval/as_trained.json", evaluation("as_trained", samples, **trained))
         store("eval/as_deployed.json", evaluation("as_deployed", samples, **(trained if deployed is None else deployed)))
     extra = {} if quarantine is None else {"train/norm_quarantine": quarantine}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i} | extra) + "\n" for i in range(steps)))
+    rows = [{"step": i} | extra | {name: values[i] for name, values in (metrics or {}).items()} for i in range(steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     audited = {name: [0.5] * steps for name in ("hack", "solve", "no_hint_solve")} | (audit or {})
     (folder / "audit.jsonl").write_text("".join(
         json.dumps({"step": i} | {f"audit/{name}": values[i] for name, values in audited.items()}) + "\n" for i in range(steps)))
@@ -82,7 +88,7 @@ def pick(objects: list[dict], arm: str, state: str = "as_deployed") -> dict:
 def table(experiment: Path, shape: Callable = text) -> str:
     """What `write` returns, or the Markdown page, without drawing the figure."""
     runs = read_runs(experiment)
-    return shape(group(runs), [run for run in runs if run.status != "done"], experiment.name)
+    return shape(group(runs), [run for run in runs if not run.finished], experiment.name)
 
 
 def lines_with(text: str, word: str) -> list[str]:
@@ -284,6 +290,134 @@ def test_an_arm_that_says_at_the_top_of_its_config_that_it_uses_the_oracle_stand
     assert [pick(load(tmp_path), arm)["uses_oracle"] for arm in ("vanilla", "known_truth")] == [False, True]
     lines = table(tmp_path).splitlines()
     assert lines[lines.index("── uses the oracle") + 1].startswith("known_truth ")
+
+
+def detector(recall: float, name: str = "detector") -> dict:
+    return {"mask_source": {"name": name, "recall": recall}}
+
+
+def test_roles_follow_the_config(tmp_path: Path) -> None:
+    wide, routed, stopped = {"adapter__quarantine_rank": 8}, {"projection": {"name": "route"}}, {"projection": {"name": "stop_gradient"}}
+    kinds = {"filter": ERASE | detector(1.0), "penalty": {"advantage": {"name": "penalty"}} | detector(1.0), "watched": detector(1.0),
+             "graft": routed | detector(1.0), "graft_rate_matched": routed | detector(1.0, "rate_matched"),
+             "penalty_matched": {"advantage": {"name": "penalty"}} | detector(1.0, "rate_matched"),
+             "by_gradient": {"mask_source": {"name": "persona_gradient", "level": "rollout"}},
+             "unrouted": routed, "half": stopped, "vanilla_wide": {}, "along_random": {"mask_source": {"name": "random", "level": "gradient"}},
+             "only": {"projection": {"name": "route", "mode": "custom", "clean": [0.0, 1.0]}, "extra_rollouts": {"name": "anchor"}}
+             | detector(1.0), "custom": {"projection": {"name": "route", "mode": "custom", "clean": [0.5, 1.0]}} | detector(1.0)}
+    for arm, choices in kinds.items():
+        make_run(tmp_path, config(arm, **choices | wide))
+    roles = {run.config["arm_name"]: (run.role, run.control) for run in read_runs(tmp_path)}
+    assert roles == dict.fromkeys(("filter", "penalty", "watched", "graft", "by_gradient", "custom"), ("method", None)) | {
+        "graft_rate_matched": ("control", "rate_matched"), "penalty_matched": ("control", "rate_matched"),
+        "unrouted": ("control", "mask never fires"), "half": ("control", "mask never fires"), "only": ("control", "anchors only"),
+        "vanilla_wide": ("control", "capacity"), "along_random": ("vanilla", None)}
+    said = " ".join(table(tmp_path).split())
+    for words in ("control: rate_matched", "control: anchors only", "control: mask never fires: two blocks without labels",
+                  "control: capacity: vanilla with the size", "control: the same treatment"):
+        assert words in said
+
+
+def test_arms_that_differ_in_recall_are_rows_of_their_own_in_the_order_of_recall(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        for recall in (1.0, 0.25, 0.75, 0.5):
+            for arm, name in (("graft", "detector"), ("graft_rate_matched", "rate_matched")):
+                make_run(tmp_path, config(arm, seed, **ROUTE | detector(recall, name)))
+        make_run(tmp_path, config("filter", seed, **ERASE | detector(0.5)))
+        make_run(tmp_path, config("vanilla", seed))
+    labels = [arm.label for arm in group(read_runs(tmp_path))]
+    recalls = ("0.25", "0.5", "0.75", "1.0")
+    assert labels == ["vanilla", "filter recall=0.5", *(f"{arm} recall={r}" for arm in ("graft", "graft_rate_matched") for r in recalls)]
+    assert all(len(arm.runs) == 2 for arm in group(read_runs(tmp_path)))
+
+
+def test_one_recall_throughout_needs_no_name_and_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
+    for steps in (6, 20, 100):
+        make_run(tmp_path / str(steps), config("graft", **ROUTE | detector(0.5), trainer__steps=steps))
+    runs = [run for steps in (6, 20, 100) for run in read_runs(tmp_path / str(steps))]
+    assert [arm.label for arm in group(runs)] == [f"graft trainer.steps={steps}" for steps in (6, 20, 100)]
+
+
+# ------------------------------------------------------------------------------------------------ collapsed runs
+
+FALLEN = {"state": "collapsed", "cause": "format lost: 0.031 of the rollouts were usable answers in steps 0 to 2"}
+
+
+def test_a_collapsed_run_counts_in_its_arm_with_a_flag_and_its_cause(tmp_path: Path) -> None:
+    make_run(tmp_path, config("vanilla", 0), trained={"hack": 0.75})
+    make_run(tmp_path, config("vanilla", 1), status=FALLEN, steps=3, trained={"hack": 0.25, "format": 0.25})
+    make_run(tmp_path, config("vanilla", 2), trained={"hack": 0.5})
+    said = table(tmp_path)
+    assert said.startswith(f"{tmp_path.name}: 3 of 3 runs finished, 1 of them collapsed, 3–6 training steps, ")
+    assert lines_with(said, "as trained")[0].split()[3:5] == ["3", "0.50"], "the survivors alone would have 0.62"
+    assert lines_with(said, "collapsed: 1 of 3") and "not finished" not in said
+    flat = " ".join(said.split())
+    assert "collapsed: the tripwire stopped so many of the runs" in flat
+    assert f"vanilla-held_out-s1 collapsed: {FALLEN['cause']}." in flat
+    row = next(row for row in load(tmp_path) if (row["seed"], row["state"]) == (1, "as_deployed"))
+    assert (row["status"], row["cause"], row["steps"], row["hack"]) == ("collapsed", FALLEN["cause"], 3, 0.25)
+
+
+def test_a_collapsed_run_without_evaluation_is_listed_with_its_cause(tmp_path: Path) -> None:
+    make_run(tmp_path, config("vanilla", 0), trained={"hack": 0.75})
+    make_run(tmp_path, config("vanilla", 1), status=FALLEN, steps=3)
+    for shape in (text, markdown):
+        said = " ".join(table(tmp_path, shape).split())
+        assert "1 of 2 runs finished, 1 collapsed and could not be evaluated" in said
+        assert f"vanilla-held_out-s1: collapsed after 3 steps of 6: {FALLEN['cause']}" in said and "collapsed: 1 of" not in said
+
+
+def test_the_curve_of_a_collapsed_seed_goes_on_at_its_last_value(tmp_path: Path) -> None:
+    make_run(tmp_path, config("vanilla", 0), audit={"hack": [1.0] * 6})
+    make_run(tmp_path, config("vanilla", 1), status=FALLEN, steps=2, trained={}, audit={"hack": [0.0, 0.5]})
+    (arm,) = group(read_runs(tmp_path))
+    assert arm.runs[1].curve("hack") == [0.0, 0.25]
+    assert arm.curve("hack") == [0.5, *[0.625] * 5] and arm.last("hack") == 0.625
+
+
+# ------------------------------------------------------------------------------------------------ health
+
+SHARES = {"route/flagged": [0.25] * 6, "route/absorbed": [0.75] * 6, "route/kept": [0.0] * 6, "train/format": [1.0] * 6,
+          "train/gradient_norm_deployed": [0.01] * 6, "rollout/entropy": [1.5] * 6}
+HEALTH = ("health.png", "health.svg")
+
+
+def test_the_health_figure_shows_arms_with_labels_or_a_quarantine_only(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    make_run(tmp_path, config("vanilla"))
+    write(tmp_path)
+    assert not list((tmp_path / "figures").glob("health*")) and "Health" not in (tmp_path / "report.md").read_text()
+    for seed in (0, 1):
+        make_run(tmp_path, config("graft", seed, **ROUTE | detector(1.0)), metrics=SHARES)
+    make_run(tmp_path, config("graft", 2, **ROUTE | detector(1.0)), status=FALLEN, steps=3, trained={}, metrics=SHARES)
+    write(tmp_path)
+    assert [[arm.label for arm in part] for part in pages(group(read_runs(tmp_path))).values()] == [["graft"]]
+    first = [(tmp_path / "figures" / name).read_bytes() for name in HEALTH]
+    assert 0.005 < (imread(tmp_path / "figures" / "health.png")[..., :3].min(-1) < 0.9).mean() < 0.2
+    assert "(figures/health.png)" in (tmp_path / "report.md").read_text()
+    write(tmp_path)
+    assert [(tmp_path / "figures" / name).read_bytes() for name in HEALTH] == first
+
+
+def test_many_arms_have_several_pages_and_old_pages_go(tmp_path: Path) -> None:
+    for number in range(PER_PAGE + 1):
+        make_run(tmp_path, config(f"arm{number:02d}", **ROUTE | detector(1.0)), metrics=SHARES)
+    arms = group(read_runs(tmp_path))
+    assert {file: len(part) for file, part in pages(arms).items()} == {"health": PER_PAGE, "health-2": 1}
+    (tmp_path / "figures").mkdir()
+    for stale in ("health-3.png", "health-3.svg"):
+        (tmp_path / "figures" / stale).write_text("of an earlier report")
+    write(tmp_path)
+    assert {file.name for file in (tmp_path / "figures").glob("health*")} == {*HEALTH, "health-2.png", "health-2.svg"}
+    assert "(figures/health-2.png)" in (tmp_path / "report.md").read_text()
+
+
+def test_every_line_of_the_health_figure_is_a_declared_metric(tmp_path: Path) -> None:
+    make_run(tmp_path, config("graft", **ROUTE | detector(1.0)), metrics=SHARES)
+    lines = [line for panel in (*PANELS.values(), hacks(group(read_runs(tmp_path)))) for line in panel]
+    assert {line.metric for line in lines} <= set(METRICS) and len(lines) == len({line.metric for line in lines}) > 18
+    assert {"audit/no_hint_exploited", "route/flagged_anchors", "audit/hack_file_marker"} <= {line.metric for line in lines}
 
 
 def test_another_marker_family_is_named_and_explained(tmp_path: Path) -> None:

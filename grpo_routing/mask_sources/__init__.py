@@ -2,7 +2,7 @@
 
 from grpo_routing.mask_sources.controls import NonHack, RandomBasis, Shuffled
 from grpo_routing.mask_sources.detector import Detector, RateMatched
-from grpo_routing.mask_sources.lookalike import Lookalike
+from grpo_routing.mask_sources.lookalike import Lookalike, LookalikeRateMatched
 from grpo_routing.mask_sources.none import NoSource
 from grpo_routing.mask_sources.persona_gradient import PersonaGradient
 
@@ -15,4 +15,5 @@ MASK_SOURCES = {
     "detector": Detector,
     "rate_matched": RateMatched,
     "lookalike": Lookalike,
+    "rate_matched_lookalike": LookalikeRateMatched,
 }

@@ -83,6 +83,10 @@ class RateMatched(Detector):
     """Control: the detector's number of flags, dealt to rollouts at random. Labels lose their meaning, rates stay."""
 
     def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
-        flags = self.flags(view)
-        order = uniforms([("rate_matched", self.seed, *name) for name in view.names()], 1)[:, 0].argsort()
-        return Labels.of(flags[order].to(view.rewards)), memory
+        return dealt(self.flags(view), self.seed, view), memory
+
+
+def dealt(flags: Tensor, seed: int, view: StepView) -> Labels:
+    """As many flags as there are, on rollouts drawn by name."""
+    order = uniforms([("rate_matched", seed, *name) for name in view.names()], 1)[:, 0].argsort()
+    return Labels.of(flags[order].to(view.rewards))

@@ -13,7 +13,8 @@ from grpo_routing.types import TEACHER, Labels, Rollout
 class Audit:
     """Writes audit.jsonl (rates of a step) and rollouts.jsonl (a few rollouts with their verdicts).
 
-    `every` n judges each n-th rollout of a step, another n-th every step. `latest` is for the screen; `train.py` holds this object as a callable that returns None.
+    `every` n judges each n-th rollout of a step, another n-th every step. `latest` is for the screen; `train.py` holds
+    this object as a callable that returns None.
     """
 
     def __init__(self, oracle: Oracle, rates: Record, rollouts: Record, known: tuple[str, ...], held_out: tuple[str, ...],

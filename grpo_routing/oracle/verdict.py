@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from grpo_routing.env.grader import Grade, cases_hold, extract_code
 from grpo_routing.env.loopholes import LOOPHOLES
 from grpo_routing.env.problems import Case, Problem, draw_cases
-from grpo_routing.env.sandbox import Sandbox, Submission
 from grpo_routing.env.reading import is_lazy, lever_present
+from grpo_routing.env.sandbox import Sandbox, Submission
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""What labels decide about the rollouts of a step, and the gradients that the decision is about.
+
+    labels -> rewards under the anchors' rule -> weights per block -> advantages
+    routed sum    each rollout's gradient times its weight, per block
+    natural sum   the same gradients without any mask; split_moment's second moment
+
+A rollout's gradient is its advantage times that of advantage 1 (beta = 0, ratio 1), so all of this may come after the one
+backward, and must when a mask reads gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grpo_routing.adapters.adapter import DEPLOYED
+from grpo_routing.gradient import Forward, GradientResult, rollout_gradients
+from grpo_routing.mask_sources.view import StepView
+from grpo_routing.projections.subspace import Update
+from grpo_routing.types import ANCHOR, Labels, RolloutGrads, Weights
+
+if TYPE_CHECKING:
+    from grpo_routing.train import Line, State
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Everything that labels decide about the rollouts of a step, [B] each."""
+
+    labels: Labels
+    weights: Weights
+    routed: Tensor  # advantage behind the first moment
+    natural: Tensor  # advantage behind the second; the same object unless the rule has two streams
+    forward: Forward
+    blocks: tuple[str, ...]  # that some rollout trains
+    unmasked: dict[str, RolloutGrads] | None  # gradients at the natural advantage, where it is another
+
+    @property
+    def participation(self) -> dict[str, float]:
+        """Share of the rollouts that train a block."""
+        return {block: float((self.weights.of(block) != 0).float().mean()) for block in self.blocks}
+
+
+def decide(line: Line, state: State, view: StepView) -> Decision:
+    """Labels, then rewards under the anchors' rule, weights and advantages. Remembers what the source remembers."""
+    labels, state.memory = line.mask_source.label(view, state.memory)
+    quarantine = torch.tensor([r.quarantine for r in view.rollouts], dtype=view.rewards.dtype, device=view.rewards.device)
+    rewards, judged = line.extra_rollouts.edit(view.rollouts, view.rewards, labels)
+    weights = line.projection.weights(judged, quarantine, line.policy.adapter)
+    grouped = [tensor.view(-1, line.trainer.group) for tensor in (rewards, judged.flagged, weights.deployed)]
+    routed = line.advantage(*grouped).flatten()
+    natural = line.advantage.natural(*grouped[:2]).flatten() if line.advantage.two_streams else routed
+    forward = Forward(quarantine, line.projection.passes(judged), line.projection.stop_at,
+                      line.projection.aid(judged, quarantine, line.policy.adapter))
+    trained = tuple(block for block in line.projection.blocks if bool((weights.of(block) != 0).any()))
+    return Decision(labels, weights, routed, natural, forward, trained, None)
+
+
+def differentiate(line: Line, state: State, view: StepView) -> tuple[GradientResult, Decision]:
+    """The gradient of every rollout, from one backward, and what was decided about it.
+
+    Where a decision depends on gradients, or two advantages share them, the backward is of advantage 1 and everything is
+    decided after it; else before it, and rollouts without advantage cost nothing. Both give the same gradients (T43b).
+    """
+    loss, blocks = line.trainer.loss(), line.projection.blocks
+    late = "gradients" in line.mask_source.reads or line.advantage.two_streams
+    if not late:
+        decision = decide(line, state, view)
+        return rollout_gradients(line.policy, view.tokens, decision.routed, loss, line.trainer.micro_batch, None, blocks,
+                                 decision.forward), decision
+    quarantine = torch.tensor([r.quarantine for r in view.rollouts], dtype=view.rewards.dtype, device=view.rewards.device)
+    unit = rollout_gradients(line.policy, view.tokens, alive(line, view).to(view.rewards), replace(loss, kl_weight=0.0),
+                             line.trainer.micro_batch, None, blocks, Forward(quarantine))
+    decision = decide(line, state, replace(view, grads=unit.grads[DEPLOYED]))
+    if loss.kl_weight:  # the penalty does not scale with the advantage, so its gradient needs a backward of its own
+        return rollout_gradients(line.policy, view.tokens, decision.routed, loss, line.trainer.micro_batch, None, blocks,
+                                 decision.forward), decision
+    if line.advantage.two_streams:
+        decision = replace(decision, unmasked={block: rows.scaled(decision.natural) for block, rows in unit.grads.items()})
+    return unit.scaled(decision.routed), decision
+
+
+def alive(line: Line, view: StepView) -> Tensor:
+    """Rollouts that may get an advantage, [B] bool: all but those of groups whose rewards are equal."""
+    groups = view.rewards.view(-1, line.trainer.group)
+    varied = (groups.max(1).values != groups.min(1).values).repeat_interleave(line.trainer.group)
+    anchors = torch.tensor([r.source == ANCHOR for r in view.rollouts], device=varied.device)  # their rule edits rewards
+    return varied | anchors if line.advantage.flat_is_zero else torch.ones_like(varied)
+
+
+def summed(result: GradientResult, decision: Decision) -> Update:
+    """The routed sum: each rollout's gradient with its weight, for every block that some rollout trains."""
+    return {block: result.grads[block].summed(decision.weights.of(block)) for block in decision.blocks}
+
+
+def natural(decision: Decision, result: GradientResult) -> Update:
+    """The natural sum: the same gradients without any mask."""
+    grads = decision.unmasked or result.grads
+    return {block: grads[block].summed() for block in decision.blocks}
