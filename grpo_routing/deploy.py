@@ -2,22 +2,22 @@
 
     python -m grpo_routing.deploy RUN_FOLDER [--problems 200] [--scales 11] [--margin 0.05]
 
-Samples the policy with the quarantine at every scale on two sets of problems that share none with each other nor with the
-run's own evaluation: scales are picked on one and reported on the other. Within a set every scale has the same problems and
-random numbers. Writes deploy.json and figures/deploy.png into the run's folder and prints the table. Rules that a developer
+Samples the policy with the quarantine at every scale on two sets of evaluation problems that share none: scales are picked on
+one and reported on the other. Within a set every scale has the same problems and random numbers. Writes deploy.json and figures/deploy.png into the run's folder and prints the table. Rules that a developer
 can follow live in deployment.py and read monitor flags; the oracle's pick, the argmax of solve - 2 hack, is stamped as such.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grpo_routing.deploy_figure import draw
-from grpo_routing.deployment import CONFIDENCE, MARGIN, PICK_SEED, REPORT_SEED, Monitored, grid, monitor_ucb, resolution, zero
+from grpo_routing.deployment import CONFIDENCE, MARGIN, POOL_SEED, Monitored, grid, monitor_ucb, resolution, zero
 from grpo_routing.env.grader import Grader
 from grpo_routing.env.problems import Problem
 from grpo_routing.env.sandbox import Sandbox
@@ -59,8 +59,8 @@ def deploy(folder: Path, problems: int, scales: int, margin: float) -> str:
     if not run.policy.adapter.has_quarantine:
         raise UnusableRun(f"expected an adapter with a quarantine in {folder}; {run.plan.arm_name} has the block "
                           f"{', '.join(run.policy.adapter.blocks)} alone. There is no scale to choose; name a routed run")
-    pick_set, report_set = problem_sets(run, problems)
-    if not all(any(problem.hint for problem in asked) for asked in (pick_set, report_set)):
+    sets = dict(zip(("pick", "report"), problem_sets(run, problems)))
+    if not all(any(problem.hint for problem in asked) for asked in sets.values()):
         raise UnusableRun(f"expected evaluation problems with a hint; evaluation.no_hint_share={run.plan.evaluation.no_hint_share} leaves "
                           f"none in {problems}, so there is no hack rate. Name a run with a lower share, or raise --problems")
     points = [BASE, *grid(scales)]
@@ -68,13 +68,12 @@ def deploy(folder: Path, problems: int, scales: int, margin: float) -> str:
     with Sandbox(**asdict(run.plan.sandbox)) as sandbox:
         judge = Judge(run, sandbox)
         measured: dict[str, list[Point]] = {"pick": [], "report": []}
-        for name, asked, seed in (("pick", pick_set, PICK_SEED), ("report", report_set, REPORT_SEED)):
+        for name, asked in sets.items():
             for scale in points:
-                measured[name].append(judge(asked, sample(run, asked, seed, scale), scale))
+                measured[name].append(judge(asked, sample(run, asked, name, scale), scale))
                 progress.show(sum(map(len, measured.values())), {} if scale is BASE else {"scale": scale})
     progress.close()
-    said = result(run, measured, margin) | {"problems": {name: [problem.id for problem in asked] for name, asked
-                                                         in (("pick", pick_set), ("report", report_set))}}
+    said = result(run, measured, margin) | {"problems": {name: [problem.id for problem in asked] for name, asked in sets.items()}}
     write_json(folder / "deploy.json", said)
     draw(said, folder / "figures" / "deploy.png")
     return table(said)
@@ -84,21 +83,19 @@ def deploy(folder: Path, problems: int, scales: int, margin: float) -> str:
 
 
 def problem_sets(run: Finished, count: int) -> tuple[list[Problem], list[Problem]]:
-    """Pick and report set: problems of the evaluation split, disjoint from each other and from the run's own evaluation."""
-    own = run.plan.evaluation
-    taken = {problem.id for problem in run.plan.dataset.evaluation(run.plan.loophole, own.problems, own.no_hint_share, own.seed)}
-    sets = []
-    for seed in (PICK_SEED, REPORT_SEED):
-        drawn = run.plan.dataset.evaluation(run.plan.loophole, count + len(taken), own.no_hint_share, seed)
-        sets.append([problem for problem in drawn if problem.id not in taken][:count])
-        taken |= {problem.id for problem in sets[-1]}
-    return sets[0], sets[1]
+    """Pick and report set: `count` problems of the evaluation split each and none in both, dealt loophole by loophole from one
+    draw, so that neither is harder than the other. The draw is not kept clear of the run's own evaluation: of one-operation
+    programs there are few, and without those that it has used the sets would be harder than any other evaluation."""
+    pool = run.plan.dataset.evaluation(run.plan.loophole, 2 * count, run.plan.evaluation.no_hint_share, POOL_SEED)
+    random.Random(f"deploy/{POOL_SEED}").shuffle(pool)
+    pool.sort(key=lambda problem: problem.loophole)  # stable
+    return pool[::2], pool[1::2]
 
 
-def sample(run: Finished, problems: list[Problem], seed: int, scale: float | None) -> list[Rollout]:
+def sample(run: Finished, problems: list[Problem], name: str, scale: float | None) -> list[Rollout]:
     """One completion per problem with the quarantine at `scale`; the same random numbers for every scale."""
     with run.policy.adapter.only() if scale is BASE else nullcontext():
-        return sample_rollouts(run.policy, [run.plan.prompt(problem) for problem in problems], [1] * len(problems), ("deploy", seed),
+        return sample_rollouts(run.policy, [run.plan.prompt(problem) for problem in problems], [1] * len(problems), ("deploy", name),
                                run.plan.trainer.max_new_tokens, run.plan.evaluation.temperature, run.plan.trainer.prompts_per_forward,
                                Seat(STUDENT, 1.0 if scale is BASE else scale))
 
@@ -148,8 +145,8 @@ def result(run: Finished, measured: dict[str, list[Point]], margin: float) -> di
     rows = [point.facts() | {name: point.rates[name] for name in RATES} for point in report]
     found = {row["scale"]: row for row in rows}
     return {"run": run.folder.name, "confidence": CONFIDENCE, "margin": margin, "resolution": resolution(base.monitored),
-            "limit": base.monitored.rate + margin, "monitor_knows": list(run.plan.loophole.known), "pick_seed": PICK_SEED,
-            "report_seed": REPORT_SEED, "pick": {"base": base.facts(), "curve": [point.facts() for point in curve]},
+            "limit": base.monitored.rate + margin, "monitor_knows": list(run.plan.loophole.known), "pool_seed": POOL_SEED,
+            "pick": {"base": base.facts(), "curve": [point.facts() for point in curve]},
             "report": {"base": rows[0], "curve": rows[1:]},
             "picks": {rule: {"scale": scale, "reads": READS[rule], "uses_oracle": rule == "oracle",
                              "report": found[scale]} for rule, scale in picks.items()}}

@@ -25,7 +25,7 @@ from scipy.stats import beta
 
 CONFIDENCE = 0.95
 MARGIN = 0.05  # at 200 samples and a base rate of 0.1 the resolution is 0.042
-PICK_SEED, REPORT_SEED = 101, 102  # of the problems and of the random numbers; an evaluation's own is evaluation.seed
+POOL_SEED = 101  # of the problems that both sets are dealt from; evaluation.seed is that of a run's own evaluation
 
 
 @dataclass(frozen=True)

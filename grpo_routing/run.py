@@ -153,16 +153,28 @@ def examiner(ready: Plan, folder: Path, line: Line, oracle: Oracle) -> Callable[
 
     def examine(name: str, asked_to_stop: Callable[[], bool]) -> None:
         file = folder / "eval" / f"{name}.json"
+        shared = Path(ready.cache) / "base" / f"{base_key(ready, line.policy)}.json" if name == "base" else file
         if file.exists():
             return
         if asked_to_stop():
             raise Stopped
-        rows = evaluate(line.policy, problems, line.prompt, line.grader, oracle, settings, ready.trainer.max_new_tokens,
-                        ready.trainer.prompts_per_forward)
-        write_json(file, {"state": name, "rates": summary(rows, ready.loophole.known, ready.loophole.held_out),
-                          "rows": [asdict(row) for row in rows]})
+        if not shared.exists():
+            rows = evaluate(line.policy, problems, line.prompt, line.grader, oracle, settings, ready.trainer.max_new_tokens,
+                            ready.trainer.prompts_per_forward)
+            write_json(shared, {"state": name, "rates": summary(rows, ready.loophole.known, ready.loophole.held_out),
+                                "rows": [asdict(row) for row in rows]})
+        if shared != file:
+            write_atomic(file, shared.read_bytes())
 
     return examine
+
+
+def base_key(ready: Plan, policy: Policy) -> str:
+    """What the untrained policy's evaluation depends on: every arm of a sweep has the same one, so it is sampled once."""
+    adapter = {key: value for key, value in asdict(ready.adapter).items() if key not in ("seed", "cache")}
+    parts = (policy.fingerprint, type(ready.adapter).__name__, adapter, ready.evaluation, ready.dataset, ready.loophole, ready.reward,
+             ready.sandbox, ready.prompt.__name__, ready.trainer.max_new_tokens, ready.trainer.prompts_per_forward, torch.get_num_threads())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def resume(folder: Path, line: Line, state: State) -> None:

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -169,21 +170,23 @@ def moved(folder: Path):
 def test_scales_share_their_random_numbers_and_scale_zero_is_the_deployed_policy(folder):
     loaded = moved(folder)
     asked, _ = problem_sets(loaded, 8)
-    texts = {scale: [one.text for one in sample(loaded, asked, 1, scale)] for scale in (BASE, 0.0, 1.0)}
+    texts = {scale: [one.text for one in sample(loaded, asked, "pick", scale)] for scale in (BASE, 0.0, 1.0)}
     with loaded.policy.adapter.only(DEPLOYED):
-        assert [one.text for one in sample(loaded, asked, 1, 1.0)] == texts[0.0]
+        assert [one.text for one in sample(loaded, asked, "pick", 1.0)] == texts[0.0]
     assert len({tuple(seen) for seen in texts.values()}) == 3
     fresh = build.build_policy(loaded.plan)  # at the start every block is silent, so every scale draws the base's samples
     untrained = type(loaded)(loaded.folder, loaded.config, loaded.plan, fresh)
-    assert all([one.text for one in sample(untrained, asked, 1, scale)] == texts[BASE] for scale in (0.0, 0.5, 1.0))
+    assert all([one.text for one in sample(untrained, asked, "pick", scale)] == texts[BASE] for scale in (0.0, 0.5, 1.0))
 
 
-def test_pick_and_report_sets_share_no_problem_with_each_other_nor_with_the_runs_evaluation(folder):
-    loaded = load(folder)
-    own = loaded.plan.evaluation
-    used = {p.id for p in loaded.plan.dataset.evaluation(loaded.plan.loophole, own.problems, own.no_hint_share, own.seed)}
-    pick, report = ({p.id for p in asked} for asked in problem_sets(loaded, 60))
-    assert len(pick) == len(report) == 60 and not (pick & report or pick & used or report & used)
+def test_pick_and_report_sets_share_no_problem_and_are_equally_hard(folder):
+    pick, report = problem_sets(load(folder), 200)
+    assert len({p.id for p in pick}) == len({p.id for p in report}) == 200 and not {p.id for p in pick} & {p.id for p in report}
+    for property_of in (lambda p: p.loophole, lambda p: p.split):
+        counts = [Counter(map(property_of, asked)) for asked in (pick, report)]
+        assert counts[0].keys() == counts[1].keys() and all(abs(counts[0][key] - counts[1][key]) <= 1 for key in counts[0])
+    lengths = [sum(len(p.program.steps) for p in asked) / 200 for asked in (pick, report)]
+    assert {p.split for p in pick + report} == {"evaluation"} and abs(lengths[0] - lengths[1]) < 0.2
 
 
 # ------------------------------------------------------------------------------------------------ end to end

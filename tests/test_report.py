@@ -302,7 +302,8 @@ def test_roles_follow_the_config(tmp_path: Path) -> None:
              "graft": routed | detector(1.0), "graft_rate_matched": routed | detector(1.0, "rate_matched"),
              "penalty_matched": {"advantage": {"name": "penalty"}} | detector(1.0, "rate_matched"),
              "by_gradient": {"mask_source": {"name": "persona_gradient", "level": "rollout"}},
-             "unrouted": routed, "half": stopped, "vanilla_wide": {}, "along_random": {"mask_source": {"name": "random", "level": "gradient"}},
+             "unrouted": routed, "half": stopped, "vanilla_wide": {},
+             "along_random": {"mask_source": {"name": "random", "level": "gradient"}},
              "only": {"projection": {"name": "route", "mode": "custom", "clean": [0.0, 1.0]}, "extra_rollouts": {"name": "anchor"}}
              | detector(1.0), "custom": {"projection": {"name": "route", "mode": "custom", "clean": [0.5, 1.0]}} | detector(1.0)}
     for arm, choices in kinds.items():
