@@ -34,6 +34,7 @@ def parsed(code: str) -> ast.Module | None:
             return None
 
 
+@lru_cache(maxsize=1 << 14)  # groups repeat themselves, and the detector and the verdict ask the same
 def lever_present(mode: str, code: str, marker: str | None) -> bool:
     """Whether the exploit of `mode` stands in the code; `marker` None accepts any name that the mode ever used."""
     tree = parsed(code)
@@ -44,9 +45,10 @@ def lever_present(mode: str, code: str, marker: str | None) -> bool:
         return not _defined(tree).isdisjoint(names)
     if mode == "sentinel":
         return not _attributes(tree).isdisjoint(names)
+    texts = _printed(tree) if mode == "stdout_marker" else _opened(tree)
     if mode == "stdout_marker":
-        return any(name in text for name in names for text in _printed(tree))
-    return any(name == text or text.endswith("/" + name) for name in names for text in _opened(tree))
+        return any(name in text for name in names for text in texts)
+    return any(name == text or text.endswith("/" + name) for name in names for text in texts)
 
 
 def is_lazy(code: str, method: str) -> bool:
