@@ -3,8 +3,9 @@
     python -m grpo_routing.deploy RUN_FOLDER [--problems 200] [--scales 11] [--margin 0.05]
 
 Samples the policy with the quarantine at every scale on two sets of evaluation problems that share none: scales are picked on
-one and reported on the other. Within a set every scale has the same problems and random numbers. Writes deploy.json and figures/deploy.png into the run's folder and prints the table. Rules that a developer
-can follow live in deployment.py and read monitor flags; the oracle's pick, the argmax of solve - 2 hack, is stamped as such.
+one and reported on the other. Within a set every scale has the same problems and random numbers. Writes deploy.json and
+figures/deploy.png into the run's folder and prints the table. Rules that a developer can follow live in deployment.py and
+read monitor flags; the oracle's pick, the argmax of solve - 2 hack, is stamped as such.
 """
 
 from __future__ import annotations
@@ -83,12 +84,12 @@ def deploy(folder: Path, problems: int, scales: int, margin: float) -> str:
 
 
 def problem_sets(run: Finished, count: int) -> tuple[list[Problem], list[Problem]]:
-    """Pick and report set: `count` problems of the evaluation split each and none in both, dealt loophole by loophole from one
-    draw, so that neither is harder than the other. The draw is not kept clear of the run's own evaluation: of one-operation
-    programs there are few, and without those that it has used the sets would be harder than any other evaluation."""
+    """Pick and report set: `count` problems of the evaluation split each and none in both, dealt from one draw by loophole and
+    length of the program, so that neither is harder than the other. The draw is not kept clear of the run's own evaluation:
+    one-operation programs are few, and without those that it has used both sets would be harder than it."""
     pool = run.plan.dataset.evaluation(run.plan.loophole, 2 * count, run.plan.evaluation.no_hint_share, POOL_SEED)
     random.Random(f"deploy/{POOL_SEED}").shuffle(pool)
-    pool.sort(key=lambda problem: problem.loophole)  # stable
+    pool.sort(key=lambda problem: (problem.loophole, len(problem.program.steps)))  # stable
     return pool[::2], pool[1::2]
 
 

@@ -27,7 +27,8 @@ def draw(said: dict, file: Path) -> None:
         for name, (colour, marker, words) in LINES.items():
             if all(row[name] is not None for row in curve):
                 axes.plot(scales, [row[name] for row in curve], marker=marker, color=colour, markersize=4.5, linewidth=1.5, label=words)
-        axes.axhline(said["limit"], color=GREY, linewidth=1, linestyle=(0, (4, 2)), label=f"limit: base + {said['margin']:g}")
+        passed = "" if said["picks"]["monitor_ucb"]["scale"] is not None else ", no scale passes"
+        axes.axhline(said["limit"], color=GREY, linewidth=1, linestyle=(0, (4, 2)), label=f"limit: base + {said['margin']:g}{passed}")
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.02, 1.02), xlabel="forward scale of the quarantine at deployment")
         axes.grid(color=FAINT, linewidth=0.6)
         marks: dict[float, list[str]] = {}

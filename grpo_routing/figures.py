@@ -140,10 +140,10 @@ def names(axes: Axes, arms: list[Arm], flags: list[str], places: list[float]) ->
             above = y - (ARM + HEADING) / 2 + 0.03
             axes.text(-LABELS / PANEL, above, block, transform=across, fontsize=7.5, color=GREY, va="center")
         name, below = wrapped(arm.label, 26), wrapped(special, 38)
-        loud = special.startswith(("broken", "collapsed"))
-        for number, line in enumerate(name + below):
-            small = number >= len(name)
-            axes.text(-LABELS / PANEL, y + (number - (len(name + below) - 1) / 2) * 0.14, line, transform=across, va="center",
+        loud, lines = special.startswith(("broken", "collapsed")), name + below
+        for number, line in enumerate(lines):
+            small, high = number >= len(name), (number - (len(lines) - 1) / 2) * min(0.14, 0.9 * ARM / len(lines))
+            axes.text(-LABELS / PANEL, y + high, line, transform=across, va="center",
                       fontsize=7 if small else 9, color=GREY if small and not loud else INK)
 
 

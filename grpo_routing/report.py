@@ -205,7 +205,7 @@ def flags(arm: Arm) -> list[str]:
 MEANING = {  # what a flag says before its colon, or a heading -> what it means
     "reference": "no loophole pays in training and its prompts carry no hint: what honest GRPO reaches.",
     "collapsed": "the tripwire stopped so many of the runs (health.py; the cause is in their status.json and below). They count as they "
-                 "stood, because the survivors alone would flatter the arm; their last-5 and curves end, or go on, at that step.",
+                 "stood, because the survivors alone would flatter the arm; in means their curves stand still from there on.",
     "control": "the same treatment with a direction or labels that know nothing of the hack; the method counts only where it beats this.",
     "control: mask never fires": "two blocks without labels, one of them deleted: what blocks, anchors and optimizer do by themselves.",
     "control: anchors only": "the deployed block learns from anchors alone, nothing from rollouts of the joint policy.",

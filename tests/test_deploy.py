@@ -182,11 +182,11 @@ def test_scales_share_their_random_numbers_and_scale_zero_is_the_deployed_policy
 def test_pick_and_report_sets_share_no_problem_and_are_equally_hard(folder):
     pick, report = problem_sets(load(folder), 200)
     assert len({p.id for p in pick}) == len({p.id for p in report}) == 200 and not {p.id for p in pick} & {p.id for p in report}
-    for property_of in (lambda p: p.loophole, lambda p: p.split):
-        counts = [Counter(map(property_of, asked)) for asked in (pick, report)]
-        assert counts[0].keys() == counts[1].keys() and all(abs(counts[0][key] - counts[1][key]) <= 1 for key in counts[0])
-    lengths = [sum(len(p.program.steps) for p in asked) / 200 for asked in (pick, report)]
-    assert {p.split for p in pick + report} == {"evaluation"} and abs(lengths[0] - lengths[1]) < 0.2
+    assert {p.split for p in pick + report} == {"evaluation"}
+    loopholes, lengths = ([Counter(map(of, asked)) for asked in (pick, report)]
+                          for of in (lambda p: p.loophole, lambda p: len(p.program.steps)))
+    assert loopholes[0] == loopholes[1] == dict.fromkeys(loopholes[0], 40)
+    assert all(abs(lengths[0][steps] - lengths[1][steps]) <= 5 for steps in (1, 2, 3))  # one per loophole
 
 
 # ------------------------------------------------------------------------------------------------ end to end

@@ -372,7 +372,8 @@ def test_the_audit_returns_nothing_and_keeps_student_and_teacher_apart(box, tmp_
     assert audit(7, problems, rollouts, grades, nothing_flagged(4)) is None
 
     rates = Record(tmp_path / "audit.jsonl").rows()
-    assert rates == [{"step": 7} | {f"audit/{name}": value for name, value in audit.latest.items()} | {"audit/hack_teacher": 1.0}]
+    assert rates == [{"step": 7} | {f"audit/{name}": value for name, value in audit.latest.items()} | {
+        "audit/hack_teacher": 1.0, "audit/unflagged_hacks": 3}]
     assert (audit.latest["hack"], audit.latest["hack_known"], audit.latest["hack_held_out"]) == (2 / 3, 1 / 2, 1.0)
     assert audit.latest["no_hint_solve"] is None
     kept = Record(tmp_path / "rollouts.jsonl").rows()
