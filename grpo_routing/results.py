@@ -21,8 +21,8 @@ GROUPS = ("adapter", "projection", "mask_source", "advantage", "prompt", "extra_
 FIELDS = ("arm", "seed", "loophole", "state", *RATES, "last5_hack", "last5_solve", "steps", "samples", "samples_known",
           "samples_held_out", "samples_all", "run", "status", "cause", "role", "imitation", "uses_oracle", "same_policy", *GROUPS,
           "pays", "train_family", "evaluation_family", "commit", "code")  # keys of a JSON object, in order
-CONTROLS = ("random", "shuffled", "nonhack", "rate_matched")  # mask sources that know nothing of the hack
-LABELLERS = ("detector", "lookalike", "rate_matched")  # mask sources that mark whole rollouts
+CONTROLS = ("random", "shuffled", "nonhack", "rate_matched", "rate_matched_lookalike")  # mask sources that know nothing of the hack
+LABELLERS = ("detector", "lookalike", "rate_matched", "rate_matched_lookalike")  # mask sources that mark whole rollouts
 LAST = 5  # training steps behind last5_* and behind every point of a training curve
 
 
