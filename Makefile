@@ -28,6 +28,13 @@ test-slow: $(VENV)/ready  ## the tests that train for minutes
 smoke: $(VENV)/ready  ## every stage once, in seconds, with an untrained model
 	$(PYTHON) -m grpo_routing model=tiny_random trainer=smoke evaluation=smoke arm=erase experiment_name=smoke
 
+routing: $(VENV)/ready  ## rollout-level routing under an imperfect detector: hundreds of runs, hours; it resumes
+	$(PYTHON) -m grpo_routing -m experiment=routing_controls
+	$(PYTHON) -m grpo_routing -m experiment=routing
+	$(PYTHON) -m grpo_routing -m experiment=routing_spread
+	$(PYTHON) -m grpo_routing.by_recall outputs/routing
+	$(PYTHON) -m grpo_routing.report outputs/routing > outputs/routing/report.txt
+
 check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the organism's ten-seed check (half an hour)
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
@@ -43,4 +50,4 @@ bench-gradient: $(VENV)/ready  ## batched per-rollout gradients against one back
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow smoke check bench bench-grader bench-gradient lint
+.PHONY: help setup run test test-slow smoke routing check bench bench-grader bench-gradient lint

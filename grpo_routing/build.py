@@ -173,7 +173,7 @@ def held_out_known(parts: dict[str, Any]) -> list[str]:
 
 
 def _name(registry: dict[str, type], thing: Any) -> str:
-    return next(name for name, kind in registry.items() if isinstance(thing, kind))
+    return next(name for name, kind in registry.items() if type(thing) is kind)
 
 
 def build_policy(plan: Plan) -> Policy:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,13 @@ def cache(tmp_path_factory) -> str:
 def config(cache):
     """config(*overrides) -> resolved config of a smoke-sized run, as a dict."""
 
-    def make(*overrides: str) -> dict:
+    @lru_cache(maxsize=None)  # composing takes longer than a training step of the tiny policy
+    def made(*overrides: str) -> dict:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=[*SMOKE, f"cache={cache}", *overrides])
         return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
 
-    return make
+    return lambda *overrides: deepcopy(made(*overrides))
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def differences(one: dict, other: dict, path: str = "") -> list[str]:
     ("erase", "erase_nonhack", "mask_source.name"),
     ("route", "route_random", "mask_source.name"),
     ("graft", "graft_rate_matched", "mask_source.name"),
+    ("graft_anchored", "graft_anchored_random", "mask_source.name"),
 ])
 def test_a_control_differs_from_its_arm_by_one_word(config, arm, control, word):
     assert sorted(differences(config(f"arm={arm}"), config(f"arm={control}"))) == ["arm_name", word]

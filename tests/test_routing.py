@@ -578,11 +578,11 @@ def test_a_step_of_flagged_rollouts_alone_leaves_the_deployed_block_bit_unchange
 
 
 def test_p24_a_frozen_quarantine_at_zero_reproduces_vanilla_bit_for_bit(start):
-    """mask_source=none, the quarantine at B_Q = 0 and never trained: five steps of the line, sampling and optimizer included."""
+    """mask_source=none, the quarantine at B_Q = 0 and never trained: three steps of the line, sampling and optimizer included."""
     vanilla, plain = start("adapter.rank=3")
     routed, state = start(*TWO, "projection.mode=custom", "projection.clean=[1.0,0.0]", "projection.flagged=[1.0,0.0]")
     began = vanilla.policy.adapter.fingerprint()
-    for _ in range(5):
+    for _ in range(3):
         train_step(vanilla, plain)
         train_step(routed, state)
     assert vanilla.policy.adapter.fingerprint() != began
@@ -724,10 +724,12 @@ def test_t26_anchors_rescale_no_other_rollout(start):
     assert close(beside.grads[DEPLOYED].summed(anchors), expected[DEPLOYED], 1e-11)
 
 
-@pytest.mark.parametrize(("rule", "reward", "weight"), [("none", 1.0, 1.0), ("filter", 1.0, 0.0), ("penalty", -1.0, 1.0), ("zero", 0.0, 1.0)])
+@pytest.mark.parametrize(("rule", "reward", "weight"), [
+    ("none", 1.0, 1.0), ("filter", 1.0, 0.0), ("penalty", -1.0, 1.0), ("zero", 0.0, 1.0),
+])
 def test_what_becomes_of_a_flagged_anchor(start, rule, reward, weight):
     """Its reward and its weight on the deployed block; rollouts that are no anchors keep theirs whatever the rule."""
-    line, state = start(*TWO, *ANCHORS, f"extra_rollouts.rule={rule}", "extra_rollouts.penalty=2.0")
+    line, _ = start(*TWO, *ANCHORS, f"extra_rollouts.rule={rule}", "extra_rollouts.penalty=2.0")
     rollouts, _ = sampled(line)
     labels = Labels.of(torch.ones(24))
     paid_after, judged = line.extra_rollouts.edit(rollouts, torch.ones(24), labels)

@@ -128,7 +128,7 @@ class AdvantageThatVaries:
 
 
 NOISY = ["mask_source.false_positive=0.5"]  # nor does it hack; so flags that mean nothing, but are there
-LOOKALIKE = [*NOISY, "mask_source.least=2"]
+LOOKALIKE = [*NOISY, "mask_source.pilot=2"]
 ARMS = {"vanilla": [], "erase": [], "route": [], "filter": NOISY, "sgtm": NOISY, "graft": NOISY, "gradient_routing": NOISY,
         "graft_lookalike": LOOKALIKE, "route_gradient": []}
 
