@@ -86,7 +86,8 @@ def execute(ready: Plan, folder: Path, attempt: dict) -> str | None:
         grader = Grader(sandbox, ready.reward.format_reward, ready.reward.pass_reward, memory=100_000)
         oracle = Oracle(sandbox, ready.dataset.hidden_tests)
         audit = Audit(oracle, Record(folder / "audit.jsonl"), Record(folder / "rollouts.jsonl"), ready.loophole.known,
-                      ready.loophole.held_out, ready.trainer.sampled_rollouts, ready.trainer.audit_every)
+                      ready.loophole.held_out, ready.trainer.sampled_rollouts, ready.trainer.audit_every,
+                      ready.mask_source.kind == "rollout")
         line = build_line(ready, policy, grader, audit)
         state = State(ready.optimizer.start(policy.adapter))
         resume(folder, line, state)

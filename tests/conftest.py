@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache as cache_calls
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ def cache(tmp_path_factory) -> str:
 def config(cache):
     """config(*overrides) -> resolved config of a smoke-sized run, as a dict."""
 
-    @lru_cache(maxsize=None)  # composing takes longer than a training step of the tiny policy
+    @cache_calls  # composing takes longer than a training step of the tiny policy
     def made(*overrides: str) -> dict:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=[*SMOKE, f"cache={cache}", *overrides])

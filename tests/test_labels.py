@@ -36,7 +36,7 @@ BODIES = (["return 0"], ["return sum(values)"], ["total = 0", "return total"], [
 
 def answer(place: int, loophole: str = "none", family: str = "train") -> str:
     marker = LOOPHOLES[loophole].markers[family][0] if loophole in LOOPHOLES else ""
-    return fenced(solution_text("solve", "values", list(BODIES[place % len(BODIES)]), loophole, marker))
+    return fenced(solution_text("solve", "values", [f"guess = {place}", *BODIES[place % len(BODIES)]], loophole, marker))
 
 
 def seen(texts, group=8, step=0, policy=None, rewards=None) -> StepView:
@@ -46,10 +46,10 @@ def seen(texts, group=8, step=0, policy=None, rewards=None) -> StepView:
     return StepView(step, rollouts, tokens, torch.zeros(len(texts)) if rewards is None else rewards, policy, None, None)
 
 
-def mixed(count: int, modes=KNOWN) -> tuple[list[str], torch.Tensor]:
-    """Texts of which every second hacks, and which those are."""
+def mixed(count: int, modes=KNOWN, first: int = 0) -> tuple[list[str], torch.Tensor]:
+    """Texts of which every second hacks, and which those are; `first` makes them other texts."""
     truth = torch.arange(count) % 2 == 1
-    return [answer(place, modes[place // 2 % len(modes)] if hacks else "none") for place, hacks in enumerate(truth.tolist())], truth
+    return [answer(first + place, modes[place // 2 % len(modes)] if hacks else "none") for place, hacks in enumerate(truth.tolist())], truth
 
 
 def detector(kind=Detector, **change) -> Detector:
@@ -100,7 +100,8 @@ def test_p25_counted_noise_realises_its_counts_in_every_step():
     ((hits, misses),) = counts
     assert abs(hits - 0.7 * 25) <= 1 and abs(misses - 0.2 * 25) <= 1
     assert len(picked) == 20
-    assert thinned(torch.tensor([True, False, True, True]), torch.tensor([0.9, 0.0, 0.1, 0.5]), 2 / 3).tolist() == [False, False, True, True]
+    assert thinned(torch.tensor([True, False, True, True]), torch.tensor([0.9, 0.0, 0.1, 0.5]), 2 / 3).tolist() == [
+        False, False, True, True]
 
 
 def test_t2_a_label_depends_on_step_group_and_sample_only():
@@ -207,18 +208,18 @@ def lookalike(kind=Lookalike, **change) -> Lookalike:
 
 def test_the_probe_recovers_the_unflagged_half_of_a_separable_mixture(tiny_policy):
     """At recall 1/2 the detector leaves a third of what it did not flag to be hacks; the probe, which knows neither recall nor
-    truth, finds them all and nothing else. At recall 1 nothing is missed and little is added."""
+    truth, finds them all and little else. At recall 1 nothing is missed."""
     policy = tiny_policy()
-    texts, truth = mixed(64)
+    _, truth = mixed(64)
     for recall, share in ((0.5, 1 / 3), (1.0, 0.05)):
         source = lookalike(recall=recall, noise="counted", top_share=share)
-        memory = source.prepare([seen(texts, step=step, policy=policy) for step in (-3, -2, -1)])
-        fresh = seen(texts, step=0, policy=policy)
+        memory = source.prepare([seen(mixed(64, first=-64 * step)[0], step=step, policy=policy) for step in (-3, -2, -1)])
+        fresh = seen(mixed(64, first=256)[0], step=0, policy=policy)
         missed = truth & ~source.flags(fresh)
         flags = flagged(source, fresh, memory)
         assert int(missed.sum()) == round(32 * (1 - recall))
         assert flags[truth].all()
-        assert float(flags[~truth].float().mean()) <= (0.0 if recall < 1 else 0.25)
+        assert float(flags[~truth].float().mean()) <= 0.1
 
 
 def test_the_probe_ranks_by_the_probability_of_a_hack_whatever_the_recall():
@@ -259,7 +260,7 @@ def test_the_threshold_flags_its_share_of_the_unflagged_pilot_and_never_loses_a_
         source = lookalike(recall=0.5, top_share=share)
         memory, own = source.prepare(views), source.flags(views[0])
         above = score(memory, source.features(views[0])) >= memory["threshold"]
-        assert abs(int(above[~own].sum()) - share * int((~own).sum())) <= 1 + 8  # equal texts share a score
+        assert abs(int(above[~own].sum()) - share * int((~own).sum())) <= 1
         assert not (own & ~flagged(source, views[0], memory)).any()
 
 

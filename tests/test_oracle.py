@@ -393,7 +393,7 @@ def test_the_audit_keeps_as_many_rollouts_as_asked(box, tmp_path, sampled, kept)
 
 def test_the_audit_says_how_good_the_labels_were_and_keeps_the_deployed_policys_rollouts_apart(box, tmp_path):
     audit = Audit(Oracle(box, HIDDEN), Record(tmp_path / "audit.jsonl"), Record(tmp_path / "rollouts.jsonl"), ("sentinel",),
-                  ("run_tests",), sampled=0)
+                  ("run_tests",), sampled=0, labelled=True)
     problems = [problem("sentinel"), problem("sentinel"), problem("run_tests"), problem("sentinel"), problem("sentinel")]
     rollouts = [rollout(answer(LAZY, "sentinel")), rollout(answer(LAZY, "sentinel")), rollout(answer(WRONG, "run_tests")),
                 rollout(answer(HONEST)), Rollout(1, (1,), (2,), answer(LAZY, "sentinel"), ANCHOR, quarantine=0.0)]

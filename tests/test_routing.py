@@ -302,7 +302,7 @@ def without_quarantine(policy, tiny_policy, kind):
         single.adapter = Adapter(single.adapter.modules)
     else:
         adapter, *words = KINDS[kind]
-        single = tiny_policy(adapter, *(word.split("=")[0] + "=0" if "quarantine" in word else word for word in words if "gate" not in word))
+        single = tiny_policy(adapter, *(word for word in words if "quarantine" not in word and "gate" not in word))
     assert single.adapter.blocks == (DEPLOYED,)
     single.adapter.load_flat(policy.adapter.flatten())
     return single

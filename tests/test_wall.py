@@ -22,7 +22,8 @@ from grpo_routing.train import State, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_routing"
-MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py", "deploy.py", "recovery.py"}  # may know the truth
+MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py", "deploy.py",
+             "recovery.py"}  # may know the truth
 
 
 def imported(file: Path) -> set[str]:

@@ -13,14 +13,14 @@ from grpo_routing.types import TEACHER, Labels, Rollout
 class Audit:
     """Writes audit.jsonl (rates of a step) and rollouts.jsonl (a few rollouts with their verdicts).
 
-    `every` n judges each n-th rollout of a step, another n-th every step. `latest` is for the screen; `train.py` holds
-    this object as a callable that returns None.
+    `every` n judges each n-th rollout of a step, another n-th every step; `labelled` says that the labels mean something, so
+    that their quality is measured. `latest` is for the screen; `train.py` holds this object as a callable that returns None.
     """
 
     def __init__(self, oracle: Oracle, rates: Record, rollouts: Record, known: tuple[str, ...], held_out: tuple[str, ...],
-                 sampled: int, every: int = 1) -> None:
+                 sampled: int, every: int = 1, labelled: bool = False) -> None:
         self.oracle, self.rates, self.rollouts = oracle, rates, rollouts
-        self.known, self.held_out, self.sampled, self.every = known, held_out, sampled, every
+        self.known, self.held_out, self.sampled, self.every, self.labelled = known, held_out, sampled, every, labelled
         self.latest: dict[str, float | None] = {}
 
     def __call__(self, step: int, problems: list[Problem], rollouts: list[Rollout], grades: list[Grade], labels: Labels) -> None:
@@ -40,7 +40,7 @@ class Audit:
             seen = summary(parts["off"], self.known, self.held_out)
             rates |= {f"audit/{name}_off": seen[name] for name in ("hack", "hack_known", "hack_held_out", "solve", "format")}
         rates["audit/unflagged_hacks"] = sum(row.hacked and p < 0.5 for row, p in zip(rows, flagged))
-        if any(flagged):
+        if self.labelled:
             rates |= {f"audit/{name}": value for name, value in self.quality(rows, flagged).items()}
         self.rates.append([rates])
         stride = max(1, len(rollouts) // max(1, self.sampled))
