@@ -151,6 +151,10 @@ def impossible(parts: dict[str, Any]) -> list[str]:
         f"advantage={_name(ADVANTAGES, advantage)} has two streams; choose optimizer=split_moment, trainer.inner_steps=1 and "
         f"trainer.kl_weight=0":
             advantage.two_streams and (not optimizer.needs_natural or trainer.inner_steps > 1 or trainer.kl_weight > 0),
+        "projection.strength above 1 flips the sign of flagged rollouts; choose advantage=weighted, optimizer=split_moment with "
+        "optimizer.floor=true and optimizer.max_step above 0":
+            getattr(projection, "strength", 0) > 1 and not (advantage.two_streams and getattr(optimizer, "floor", False)
+                                                            and getattr(optimizer, "max_step", 0) > 0),
         f"mask_source={origin} would know the held-out loopholes {held_out_known(parts)}; no detector of them may reach training. "
         f"Leave mask_source.known at ${{loophole.known}}": bool(held_out_known(parts)),
         "extra_rollouts=anchor samples with the quarantine off, and this adapter has none; its anchors would be ordinary groups. "

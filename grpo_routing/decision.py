@@ -49,7 +49,7 @@ def decide(line: Line, state: State, view: StepView) -> Decision:
     labels, state.memory = line.mask_source.label(view, state.memory)
     quarantine = torch.tensor([r.quarantine for r in view.rollouts], dtype=view.rewards.dtype, device=view.rewards.device)
     rewards, judged = line.extra_rollouts.edit(view.rollouts, view.rewards, labels)
-    weights = line.projection.weights(judged, quarantine, line.policy.adapter)
+    weights = line.projection.weights(judged, quarantine, line.policy.adapter, line.trainer.group)
     grouped = [tensor.view(-1, line.trainer.group) for tensor in (rewards, judged.flagged, weights.deployed)]
     routed = line.advantage(*grouped).flatten()
     natural = line.advantage.natural(*grouped[:2]).flatten() if line.advantage.two_streams else routed

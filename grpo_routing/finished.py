@@ -48,7 +48,8 @@ def finished_config(folder: Path) -> dict:
         came = "there is no such folder" if found is None else f"it holds {', '.join(found) or 'nothing'}"
         raise UnusableRun(f"expected a run folder with config.yaml at {folder}, but {came}. Name one of outputs/<experiment>/runs/")
     if (state := status(folder)) != "done":
-        todo = "It collapsed, which is final: choose another run" if state == "collapsed" else "Run it again with the same command: it resumes"
+        final = state == "collapsed"
+        todo = "That is final: choose another run" if final else "Run it again with the same command: it resumes"
         raise UnusableRun(f"expected a finished run in {folder}; its status is {state}. {todo}")
     return frozen(folder)
 

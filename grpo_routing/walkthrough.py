@@ -71,8 +71,11 @@ class Watched:
     real: Any
     seen: dict[str, Any]
 
-    def gradient(self, gradient: Vector, basis: Basis) -> Update:
-        self.seen.update(gradient=gradient, update=self.real.gradient(gradient, basis))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def gradient(self, update: Update, basis: Basis) -> Update:
+        self.seen.update(gradient=update[DEPLOYED], update=self.real.gradient(update, basis))
         return self.seen["update"]
 
     def step(self, applied: Update, basis: Basis) -> Update:
@@ -118,10 +121,11 @@ def walk(plan: build.Plan) -> Walk:
         state = State(plan.optimizer.start(policy.adapter))
         start = {name: value.clone() for name, value in policy.adapter.state().items()}
         metrics = train_step(line, state)
-        ((_, problems, rollouts, grades), said), = heard
+        ((_, problems, rollouts, grades, labels), said), = heard
         verdicts = oracle(problems, [rollout.text for rollout in rollouts], grades)
-        rewards = torch.tensor([grade.reward for grade in grades]).view(-1, plan.trainer.group)
-        advantages = line.advantage(rewards).flatten().to(policy.device)
+        paid = torch.tensor([grade.reward for grade in grades])
+        rewards, flagged = (part.view(-1, plan.trainer.group) for part in (paid, labels.flagged))
+        advantages = line.advantage(rewards, flagged, torch.ones_like(rewards)).flatten().to(policy.device)
         chosen = next((i for i, verdict in enumerate(verdicts) if verdict.hacked and advantages[i]), 0)
         code = extract_code(rollouts[chosen].text)
         outcome = sandbox.run(submission(problems[chosen], code, problems[chosen].paid)) if code else None
@@ -159,8 +163,8 @@ def facts(w: Walk) -> dict[str, Any]:
     problem, rollout, grade, verdict = (part[w.chosen] for part in (w.problems, w.rollouts, w.grades, w.verdicts))
     first = rollout.group * w.plan.trainer.group
     mates = range(first, first + w.plan.trainer.group)
-    row = {name: rows[w.chosen] for name, rows in w.result.grads.modules.items()}
-    summed, basis = w.result.grads.summed(), w.state.fit.basis
+    row = {name: rows[w.chosen] for name, rows in w.result.grads[DEPLOYED].modules.items()}
+    summed, basis = w.result.grads[DEPLOYED].summed(), w.state.fit.basis
     whole, removed = length(summed), length(w.update[QUARANTINE])
     coefficients = {name: rows @ row[name] for name, rows in basis.modules.items()}
     module, largest = max(coefficients.items(), key=lambda item: float(item[1].norm()))

@@ -85,7 +85,8 @@ def test_the_table_of_stages_says_what_an_arm_changes():
     arms = {row[0].strip("`"): dict(zip(head, row)) for row in rows}
     assert sorted(arms) == sorted(file.stem for file in (CONF / "arm").glob("*.yaml") if file.stem != "custom")
     assert dict(zip(head, default))["projection"] == "*measure_only*"
-    assert (arms["route"]["projection"], arms["route"]["adapter"], arms["route"]["optimizer"]) == ("`route`", "`svd`", "`lr=0.05`")
+    assert (arms["route"]["projection"], arms["route"]["adapter"], arms["route"]["optimizer"]) == (
+        "`route_subspace`", "`svd`", "`lr=0.05`")
     assert arms["no_loophole"] == dict.fromkeys(head, "") | {"arm": "`no_loophole`", "loophole": "`pays=False`"}
 
 

@@ -91,7 +91,7 @@ def test_p1_no_mask_changes_the_forward(both, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_p2_nothing_reaches_the_deployed_block_when_all_are_flagged(both, kind):
     policy, advantages, ones = both(kind), advantages_for(), torch.ones(6, dtype=F64)
-    weights = route().weights(Labels.of(ones), ones, policy.adapter)
+    weights = route().weights(Labels.of(ones), ones, policy.adapter, 6)
     masked = gradients(policy, advantages).grads[DEPLOYED].summed(weights.deployed)
     stopped = gradients(policy, advantages, passes={DEPLOYED: 1 - ones}).grads[DEPLOYED].summed()
     assert not any(g.any() for g in [*masked.values(), *stopped.values()])
@@ -103,7 +103,7 @@ def test_p3_p4_the_issues_claim_parameter_masking_leaves_lower_layers_alone_and_
     deployed branch's Jacobian, so all but the last adapted module learn something else (P4)."""
     policy, advantages, ones = both(kind), advantages_for(), torch.ones(6, dtype=F64)
     unmasked = autograd(policy, advantages)[QUARANTINE]
-    weights = route().weights(Labels.of(ones), ones, policy.adapter)
+    weights = route().weights(Labels.of(ones), ones, policy.adapter, 6)
     masked = gradients(policy, advantages).grads[QUARANTINE].summed(weights.quarantine)
     stopped = gradients(policy, advantages, passes={DEPLOYED: 1 - ones}).grads[QUARANTINE].summed()
     *lower, last = policy.adapter.modules  # in the model's order: what comes last has no adapted module above it
@@ -131,7 +131,7 @@ def test_p6_t39_mixed_labels_in_one_pass_are_a_backward_for_each_class(both, kin
     tokens = some_tokens(policy)
     flags, off = torch.tensor([1, 0, 0, 1, 0, 1], dtype=F64), torch.tensor([0, 0, 1, 0, 1, 1], dtype=torch.bool)
     scale = (~off).to(F64)
-    weights = route(kappa=2.0).weights(Labels.of(flags), scale, policy.adapter)
+    weights = route(kappa=2.0).weights(Labels.of(flags), scale, policy.adapter, 6)
     result = gradients(policy, advantages, tokens=tokens, quarantine=scale)
     ours = {block: result.grads[block].summed(weights.of(block)) for block in BLOCKS}
     classes = {(1.0, 1.0): ~off & (flags == 0), (0.0, 2.0): ~off & (flags == 1), (1.0, 0.0): off & (flags == 0)}  # off and flagged: none
@@ -385,7 +385,7 @@ def test_p16_the_ratio_is_one_at_the_first_inner_step_in_every_mode(both, kind):
 def test_t12_every_rollout_presses_equally(both, kind, mode, strength):
     """w_D n_D + w_Q n_Q = n_D + n_Q with kappa from the sizes, for every lambda, size and flag probability."""
     adapter, p = both(kind).adapter, torch.tensor([0.0, 0.2, 0.5, 1.0], dtype=F64)
-    weights = route(mode=mode, strength=strength, kappa="sizes").weights(Labels.of(p), torch.ones(4, dtype=F64), adapter)
+    weights = route(mode=mode, strength=strength, kappa="sizes").weights(Labels.of(p), torch.ones(4, dtype=F64), adapter, 4)
     n = {block: adapter.size(block) for block in BLOCKS}
     assert n[DEPLOYED] != n[QUARANTINE]
     pressure = weights.deployed * n[DEPLOYED] + weights.quarantine * n[QUARANTINE]
@@ -396,8 +396,33 @@ def test_t12_a_weight_beyond_the_bound_is_refused(tiny_policy):
     """kappa is a learning rate in disguise: blocks of too different sizes are refused rather than amplified."""
     small = tiny_policy("lora", "adapter.rank=8", "adapter.quarantine_rank=1").adapter
     with pytest.raises(ValueError, match=r"projection.kappa=sizes gives a weight of 9.0, more than 4, for blocks of \d+ and \d+ numbers"):
-        route(kappa="sizes").weights(Labels.of(FLAGGED), torch.ones(6), small)
-    route(kappa="sizes", strength=0.0).table(tiny_policy("lora", "adapter.rank=6", "adapter.quarantine_rank=2").adapter)
+        route(kappa="sizes").weights(Labels.of(FLAGGED), torch.ones(6), small, 6)
+    route(kappa="sizes").pressures(tiny_policy("lora", "adapter.rank=6", "adapter.quarantine_rank=2").adapter)
+
+
+@pytest.mark.parametrize("mode", ["classic", "exclusive"])
+@pytest.mark.parametrize("kappa", [1.0, 2.0, "sizes"])
+@pytest.mark.parametrize("strength", [1.2, 1.5, 3.0])
+def test_t16_over_routing_never_turns_the_deployed_block_round(both, mode, kappa, strength):
+    """lambda_eff >= 1, no weight beyond W_MAX, and the deployed weights of a group still sum to 0.05 G wherever lambda_eff > 1."""
+    adapter, projection, size = both("lora").adapter, route(mode=mode, kappa=kappa, strength=strength), 32
+    flagged = torch.stack([(torch.arange(size) < marked).to(F64) for marked in (0, 1, 8, 16, 24, 30, 31, 32)])
+    capped = projection.effective(flagged, adapter)
+    weights = projection.weights(Labels.of(flagged.flatten()), torch.ones(flagged.numel(), dtype=F64), adapter, size)
+    assert bool((capped >= 1).all()) and bool((capped <= strength).all())
+    assert bool((weights.quarantine <= 4 + 1e-12).all())
+    sums = weights.deployed.view(-1, size).sum(1)
+    assert bool((sums[capped[:, 0] > 1] >= 0.05 * size - 1e-9).all())
+    if mode == "classic" and kappa == 1.0:
+        assert capped[1].item() == strength and sums[1].item() == pytest.approx(31 + 1 - strength)
+        assert capped[6].item() == 1.0  # 31 of 32 flagged: graft.md's example, where a cap without floor would reverse routing (0.98)
+
+
+def test_over_routing_needs_two_streams_a_floor_and_a_clamp(config):
+    words = ("arm=graft", "projection.strength=1.5")
+    with pytest.raises(build.ConfigError, match=r"projection.strength above 1 flips the sign .* advantage=weighted, .*floor=true"):
+        build.plan(config(*words))
+    assert build.plan(config(*words, "advantage=weighted", "optimizer.floor=true")).projection.strength == 1.5
 
 
 @pytest.mark.parametrize(("change", "clean", "flagged"), [
@@ -415,7 +440,7 @@ def test_t12_a_weight_beyond_the_bound_is_refused(tiny_policy):
 def test_t14_the_corners_of_the_table(both, change, clean, flagged):
     """(deployed, quarantine) of a clean, a half flagged and a flagged rollout, then trusted, off, and off but flagged."""
     labels = Labels(torch.tensor([0, 0.5, 1, 0, 0, 1], dtype=F64), torch.tensor([0, 0, 0, 1, 0, 0], dtype=torch.bool))
-    weights = route(**change).weights(labels, torch.tensor([1, 1, 1, 1, 0, 0], dtype=F64), both("lora").adapter)
+    weights = route(**change).weights(labels, torch.tensor([1, 1, 1, 1, 0, 0], dtype=F64), both("lora").adapter, 6)
     pairs = list(zip(weights.deployed.tolist(), weights.quarantine.tolist()))
     between = tuple((one + other) / 2 for one, other in zip(clean, flagged))
     assert pairs == [clean, between, flagged, (1, 0), (1, 0), (0, 0)]
@@ -425,7 +450,7 @@ def test_t15_weights_follow_their_rollouts(both):
     adapter, order = both("lora").adapter, [3, 0, 5, 1, 4, 2]
     p, off = torch.tensor([0, 0.3, 1, 0.6, 0, 1], dtype=F64), torch.tensor([1, 1, 1, 1, 0, 0], dtype=F64)
     for projection in (route(kappa=2.0), route(mode="exclusive", strength=0.5), StopGradient("output", 0.0, 0.0, 0.0)):
-        straight, turned = (projection.weights(Labels.of(p[rows]), off[rows], adapter) for rows in (list(range(6)), order))
+        straight, turned = (projection.weights(Labels.of(p[rows]), off[rows], adapter, 6) for rows in (list(range(6)), order))
         for block in BLOCKS:
             assert torch.equal(straight.of(block)[order], turned.of(block))
             assert len(set(straight.of(block).tolist())) > 1
@@ -433,7 +458,8 @@ def test_t15_weights_follow_their_rollouts(both):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"mode": "clasic"}, "projection.mode must be one of classic, exclusive, scaled, custom; got 'clasic'"),
-    ({"strength": 1.5}, r"projection.strength \(lambda\) must lie in \[0, 1\]; got 1.5"),
+    ({"strength": 4.5}, r"projection.strength \(lambda\) must lie in \[0, 4\]; got 4.5"),
+    ({"strength": 1.5, "mode": "scaled"}, "projection.strength above 1 is defined for the modes classic and exclusive; got 'scaled'"),
     ({"kappa": 5.0}, r"projection.kappa must be `sizes` or a number in \(0, 4\]; got 5.0"),
     ({"kappa": "size"}, "projection.kappa must be `sizes` or a number"),
     ({"forward": "off"}, "projection.forward must be on or off_when_clean; got 'off'"),
@@ -735,7 +761,7 @@ def test_what_becomes_of_a_flagged_anchor(start, rule, reward, weight):
     paid_after, judged = line.extra_rollouts.edit(rollouts, torch.ones(24), labels)
     assert paid_after.tolist() == [1.0] * 16 + [reward] * 8
     off = torch.tensor([r.quarantine for r in rollouts])
-    weights = line.projection.weights(judged, off, line.policy.adapter)
+    weights = line.projection.weights(judged, off, line.policy.adapter, line.trainer.group)
     assert weights.deployed.tolist() == [0.0] * 16 + [weight] * 8 and weights.quarantine.tolist() == [1.0] * 16 + [0.0] * 8
     untouched, same = line.extra_rollouts.edit(rollouts, torch.ones(24), Labels.of(torch.zeros(24)))
     assert torch.equal(untouched, torch.ones(24)) and not same.flagged.any()

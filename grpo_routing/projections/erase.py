@@ -35,7 +35,7 @@ class Erase(Projection):
     def __post_init__(self) -> None:
         check_settings(self.where, self.gate, self.overshoot)
 
-    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter) -> Weights:
+    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter, group: int) -> Weights:
         return Weights(kept(labels), torch.zeros_like(labels.flagged))
 
     def gradient(self, update: Update, basis: Basis | None) -> Update:

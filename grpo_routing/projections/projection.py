@@ -37,8 +37,8 @@ class Projection(ABC):
         """Forward scale of the quarantine for each group of the step."""
         return [1.0] * groups
 
-    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter) -> Weights:
-        """Per-rollout weights of the blocks; `quarantine` [B] is each rollout's forward scale."""
+    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter, group: int) -> Weights:
+        """Per-rollout weights of the blocks; `quarantine` [B] is each rollout's forward scale, `group` the size of a group."""
         return Weights(torch.ones_like(labels.flagged), torch.zeros_like(labels.flagged))
 
     def passes(self, labels: Labels) -> dict[str, Tensor] | None:

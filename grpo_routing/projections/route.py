@@ -10,7 +10,10 @@ A rollout's label becomes a triple (forward scale of the quarantine, weight on d
     trusted (keep)                           (1, 0)           -
     quarantine off (anchors, off groups)     (1 - p, 0)       -
 
-l is lambda: 1 routes fully, less leaves a part where it was. kappa restores the pressure on a block that trains alone: with
+l is lambda: 1 routes fully, less leaves a part where it was, more trains the deployed block away from flagged rollouts
+(over-routing, graft.md §1.5). Over-routing is capped group by group, so that the deployed block keeps a positive sum of weights
+and no weight exceeds W_MAX: l_eff = max(1, min(l, 0.95 G / slope, (W_MAX - 1) / (kappa - 1))), slope = n_flagged (classic) or
+n_flagged - n_clean (kappa_D - 1) (exclusive). kappa restores the pressure on a block that trains alone: with
 kappa from the sizes, w_D n_D + w_Q n_Q = n_D + n_Q for every rollout (equal pressure). Parameters are masked, activations
 keep their gradient, so the quarantine learns from a flagged rollout exactly as in unmasked training (SGTM).
 
@@ -21,6 +24,7 @@ keep their gradient, so the quarantine learns from a flagged rollout exactly as 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +43,7 @@ W_MAX = 4.0  # the largest weight that a rollout may get: kappa is a rate multip
 class Route(Projection):
     mode: str
     alpha: float  # scaled: weight of clean rollouts on the quarantine
-    strength: float  # lambda in [0, 1]
+    strength: float  # lambda
     kappa: float | str  # weight on the block that trains alone: a number, or `sizes`
     clean: tuple[float, float]  # custom: weights of a clean rollout on (deployed, quarantine)
     flagged: tuple[float, float]  # custom: of a flagged one
@@ -53,8 +57,10 @@ class Route(Projection):
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"projection.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"projection.strength (lambda) must lie in [0, 1]; got {self.strength}")
+        if not 0 <= self.strength <= W_MAX:
+            raise ValueError(f"projection.strength (lambda) must lie in [0, {W_MAX:g}]; got {self.strength}")
+        if self.strength > 1 and self.mode not in ("classic", "exclusive"):
+            raise ValueError(f"projection.strength above 1 is defined for the modes classic and exclusive; got {self.mode!r}")
         if self.kappa != "sizes" and not (isinstance(self.kappa, (int, float)) and 0 < self.kappa <= W_MAX):
             raise ValueError(f"projection.kappa must be `sizes` or a number in (0, {W_MAX:g}]; got {self.kappa!r}")
         if self.forward not in ("on", "off_when_clean"):
@@ -67,21 +73,38 @@ class Route(Projection):
             return [1.0] * groups
         return [0.0 if draw < self.clean_share else 1.0 for draw in uniforms([(*seed, place) for place in range(groups)], 1)[:, 0].tolist()]
 
-    def table(self, adapter: Adapter) -> dict[str, tuple[float, float]]:
-        """clean, flagged -> weights on (deployed, quarantine). Raises ValueError when kappa is larger than W_MAX."""
-        if self.mode == "custom":
-            return {"clean": self.clean, "flagged": self.flagged}
+    def pressures(self, adapter: Adapter) -> tuple[float, float]:
+        """kappa of (deployed, quarantine). Raises ValueError when a weight would exceed W_MAX."""
         kappa_d, kappa_q = (adapter.pressure(block) if self.kappa == "sizes" else self.kappa for block in (DEPLOYED, QUARANTINE))
         used = (kappa_d, kappa_q) if self.mode == "exclusive" else (kappa_q,)
         if max(used) > W_MAX:
             raise ValueError(f"projection.kappa=sizes gives a weight of {max(used):.1f}, more than {W_MAX:g}, for blocks of "
                              f"{adapter.size(DEPLOYED)} and {adapter.size(QUARANTINE)} numbers; bring the sizes closer or set kappa")
-        strength, alone = self.strength, (1 - self.strength, 1 + self.strength * (kappa_q - 1))
-        clean = {"classic": (1.0, 1.0), "scaled": (1.0, self.alpha), "exclusive": (1 + strength * (kappa_d - 1), 1 - strength)}
-        return {"clean": clean[self.mode], "flagged": alone}
+        return kappa_d, kappa_q
 
-    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter) -> Weights:
-        table, p = self.table(adapter), labels.flagged
+    def table(self, adapter: Adapter, strength: float | Tensor) -> dict[str, tuple]:
+        """clean, flagged -> weights on (deployed, quarantine), at lambda `strength` (a number, or [B])."""
+        if self.mode == "custom":
+            return {"clean": self.clean, "flagged": self.flagged}
+        kappa_d, kappa_q = self.pressures(adapter)
+        clean = {"classic": (1.0, 1.0), "scaled": (1.0, self.alpha), "exclusive": (1 + strength * (kappa_d - 1), 1 - strength)}
+        return {"clean": clean[self.mode], "flagged": (1 - strength, 1 + strength * (kappa_q - 1))}
+
+    def effective(self, flagged: Tensor, adapter: Adapter) -> Tensor:
+        """lambda of each group, capped: flag probabilities [P, G] -> [P, 1]."""
+        if self.strength <= 1:
+            return flagged.new_full((len(flagged), 1), self.strength)
+        kappa_d, kappa_q = self.pressures(adapter)
+        marked = flagged.sum(1, keepdim=True)
+        slope = marked - ((flagged.shape[1] - marked) * (kappa_d - 1) if self.mode == "exclusive" else 0)
+        largest = max(kappa_d, kappa_q) if self.mode == "exclusive" else kappa_q
+        room = (W_MAX - 1) / (largest - 1) if largest > 1 else math.inf
+        by_group = torch.where(slope > 0, 0.95 * flagged.shape[1] / slope.clamp_min(1e-9), math.inf)
+        return by_group.clamp_max(min(self.strength, room)).clamp_min(1.0)
+
+    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter, group: int) -> Weights:
+        p = labels.flagged
+        table = self.table(adapter, self.effective(p.view(-1, group), adapter).expand(-1, group).flatten())
         deployed, own = ((1 - p) * table["clean"][i] + p * table["flagged"][i] for i in (0, 1))
         off = quarantine == 0
         deployed = torch.where(off, kept(labels), torch.where(labels.trusted, torch.ones_like(p), deployed))

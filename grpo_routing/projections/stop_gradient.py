@@ -52,7 +52,7 @@ class StopGradient(Projection):
     def stop_at(self) -> str:
         return self.at
 
-    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter) -> Weights:
+    def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter, group: int) -> Weights:
         """The forward already masks; a flagged rollout with the quarantine off has nothing to teach and is dropped."""
         off = quarantine == 0
         ones = torch.ones_like(labels.flagged)
