@@ -139,7 +139,8 @@ def main() -> int:
     if max(ratios.values()) < 5:
         fails.append(f"batched pair gradients are at most {max(ratios.values()):.1f} x as fast as one backward each; expected at least 5 x")
     if route["scored"] > 1.25:
-        fails.append(f"a gradient-scored routed step costs {route['scored']:.2f} x the plain step of the same blocks; expected at most 1.25 x")
+        fails.append(f"a gradient-scored routed step costs {route['scored']:.2f} x the plain step of the same blocks; expected at most "
+                     "1.25 x")
     for fail in fails:
         print(f"FAIL: {fail}")
     return 1 if fails else 0
