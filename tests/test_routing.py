@@ -672,6 +672,48 @@ def test_two_advantages_share_one_backward(start):
         assert close(natural(decision, result)[block], autograd(line.policy, decision.natural * scale, seen.tokens)[block], SINGLE)
 
 
+@pytest.mark.parametrize("advantage", ["balanced", "weighted"])
+def test_stop_gradient_has_no_unmasked_gradient_to_give(config, advantage):
+    """Its mask is in the forward: with two streams it would be skipped, with split moments it would be in the second one too."""
+    with pytest.raises(build.ConfigError, match="projection=stop_gradient masks in the forward, so no unmasked gradient is left for "
+                                                "optimizer=split_moment; choose optimizer=adamw"):
+        build.plan(config("arm=gradient_routing", "optimizer=split_moment", f"advantage={advantage}"))
+
+
+def test_the_gates_aid_teaches_the_gate_of_labelled_rollouts_and_nothing_else(both):
+    """A gate of zero logits costs log 2 per labelled rollout: flagged, trusted or off; it should open for the first only."""
+    policy, off = both("gated"), torch.tensor([1, 1, 1, 0, 1, 1], dtype=F64)
+    labels = Labels(torch.tensor([1, 0, 0, 0, 1, 0], dtype=F64), torch.tensor([0, 1, 0, 0, 0, 0], dtype=torch.bool))
+    gates = [module["G"] for module in policy.adapter.parameters(QUARANTINE).values()]
+    with torch.no_grad():
+        for gate in gates:
+            gate.zero_()
+    aid = StopGradient("output", 0.0, 0.0, 0.5).aid(labels, off, policy.adapter)
+    result = gradients(policy, torch.zeros(6, dtype=F64), 4, quarantine=off, aid=aid)
+    labelled = torch.tensor([1, 1, 0, 1, 1, 0], dtype=F64)
+    assert torch.allclose(result.losses, 0.5 * labelled * torch.log(torch.tensor(2.0, dtype=F64)) / 6, rtol=1e-9)
+    assert not any(rows.any() for rows in result.grads[DEPLOYED].modules.values())
+    for name, module in policy.adapter.parameters(QUARANTINE).items():
+        parts = dict(zip(module, result.grads[QUARANTINE].modules[name].split([p.numel() for p in module.values()], 1)))
+        assert parts["G"].any(1).tolist() == labelled.bool().tolist()
+        assert not parts["A"].any() and not parts["B"].any()
+
+
+def test_the_l1_aid_is_the_mean_inner_activation(both):
+    """Weight times the mean over blocks, modules and completion tokens, shared among the rollouts of the step."""
+    policy = both("lora")
+    tokens, ones = some_tokens(policy), torch.ones(6, dtype=F64)
+    aid = StopGradient("output", 0.0, 0.25, 0.0).aid(Labels.of(0 * ones), ones, policy.adapter)
+    result = gradients(policy, 0 * ones, 6, tokens, aid=aid)
+    with policy.adapter.watched() as modules, torch.no_grad():
+        policy.log_probs(tokens)
+        inner = torch.stack([hidden.abs().mean(-1) for module in modules.values() for hidden in module.hidden.values()]).mean(0)[:, 1:]
+    for row in range(6):
+        mine = inner[row][tokens.completion_mask[row]].mean()
+        assert float(result.losses[row]) == pytest.approx(0.25 * float(mine) / 6, rel=1e-9)
+    assert all(rows.any() for block in BLOCKS for rows in result.grads[block].modules.values())
+
+
 # ------------------------------------------------------------------------------------------ anchors and quarantine-off groups
 
 ANCHORS = ("extra_rollouts=anchor", "extra_rollouts.groups=2")
