@@ -147,7 +147,8 @@ def impossible(parts: dict[str, Any]) -> list[str]:
         f"projection={name} masks in the forward, so labels are needed before the backward; {origin} reads gradients. "
         f"Choose projection=route, or another mask source": projection.masks_forward and "gradients" in source.reads,
         f"projection={name} masks in the forward, so no unmasked gradient is left for optimizer={_name(OPTIMIZERS, optimizer)}; "
-        f"choose optimizer=adamw and an advantage with one stream, or projection=route": projection.masks_forward and optimizer.needs_natural,
+        f"choose optimizer=adamw and an advantage with one stream, or projection=route":
+            projection.masks_forward and optimizer.needs_natural,
         "projection.gate trains the gate of the quarantine, and adapter.gate is off; set adapter.gate=true (adapter=lora)":
             bool(getattr(projection, "gate", 0) if name == "stop_gradient" else 0) and not getattr(adapter, "gate", False),
         f"advantage={_name(ADVANTAGES, advantage)} has two streams; choose optimizer=split_moment, trainer.inner_steps=1 and "

@@ -48,6 +48,7 @@ def test_every_option_builds(config, pool, group, option):
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains_two_steps(config, pool, tmp_path, arm):
     more = [f"extra_rollouts.pool={pool}", "extra_rollouts.mix_ratio=0.25"] if arm == "teacher" else []
+    more += ["mask_source.pilot=2"] if "pilot" in config(f"arm={arm}")["mask_source"] else []
     folder = run(config(f"arm={arm}", "loophole=held_out", f"output={tmp_path}", "evaluation.problems=6", *more))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert {file.stem for file in (folder / "eval").glob("*.json")} == {"base", "as_trained", "as_deployed"}
@@ -71,7 +72,7 @@ def differences(one: dict, other: dict, path: str = "") -> list[str]:
     ("erase", "erase_nonhack", "mask_source.name"),
     ("route", "route_random", "mask_source.name"),
     ("graft", "graft_rate_matched", "mask_source.name"),
-    ("graft_anchored", "graft_anchored_random", "mask_source.name"),
+    ("penalty_lookalike", "penalty_lookalike_random", "mask_source.name"),
 ])
 def test_a_control_differs_from_its_arm_by_one_word(config, arm, control, word):
     assert sorted(differences(config(f"arm={arm}"), config(f"arm={control}"))) == ["arm_name", word]
@@ -128,7 +129,7 @@ def test_all_problems_are_reported_at_once(config):
 
 
 def test_an_unknown_key_is_answered_with_the_legal_ones():
-    assert legal_keys(["trainer.stepz=3"]).startswith("trainer has: checkpoint_every, clip, group")
+    assert legal_keys(["trainer.stepz=3"]).startswith("trainer has: audit_every, checkpoint_every, clip, group")
     assert legal_keys(["stepz=3"]).startswith("the config has: adapter, advantage")
     assert legal_keys(["trainer.stepz=3", "seed=0,1"]).startswith("trainer has:")
     assert legal_keys(["trainer.steps=3"]) == ""

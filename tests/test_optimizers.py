@@ -153,7 +153,7 @@ def test_a_restored_state_goes_on_bit_for_bit(tiny_policy, settings):
     settings = dataclasses.replace(settings, weight_decay=0.1, clip=1.0)
     if settings.needs_natural:
         settings = dataclasses.replace(settings, participation=0.5, max_step=1.0, floor=True)
-    optimizer, other = (settings.start(tiny_policy("svd", seed).adapter) for seed in (0, 1))
+    optimizer, other = (settings.start(tiny_policy("svd", seed=seed).adapter) for seed in (0, 1))
 
     def go(one: Optimizer, seed: int) -> None:
         update = draw(one.adapter, seed)

@@ -193,7 +193,9 @@ class DirectionSource(ABC):
         """At level `rollout`: flag the highest scores. A subspace marks no rollout."""
         if self.level == "gradient":
             return unknown(view), memory
-        return Labels.of(highest(alignment(view.grads, view.basis), self.flag_share).to(view.rewards)), memory
+        scores = alignment(view.grads, view.basis)
+        live = int((view.grads.norms() > 0).sum())  # the share is of rollouts that can train anything
+        return Labels.of(highest(scores, self.flag_share * live / len(scores)).to(view.rewards)), memory
 
     def fit(self, policy: Policy) -> Fit:
         """The basis for the policy as it stands, from the cache when the same fit was made before."""
