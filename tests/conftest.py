@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from functools import cache as cache_calls
 from pathlib import Path
@@ -12,6 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from grpo_routing import build
+
+torch.set_num_threads(1)  # two threads on vectors this small cost more than they bring, and more still beside other work
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SMOKE = ("model=tiny_random", "trainer=smoke", "evaluation=smoke")
