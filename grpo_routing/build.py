@@ -150,7 +150,7 @@ def impossible(parts: dict[str, Any]) -> list[str]:
         f"choose optimizer=adamw and an advantage with one stream, or projection=route":
             projection.masks_forward and optimizer.needs_natural,
         "projection.gate trains the gate of the quarantine, and adapter.gate is off; set adapter.gate=true (adapter=lora)":
-            bool(getattr(projection, "gate", 0) if name == "stop_gradient" else 0) and not getattr(adapter, "gate", False),
+            projection.trains_gate and not getattr(adapter, "gate", False),
         f"advantage={_name(ADVANTAGES, advantage)} has two streams; choose optimizer=split_moment, trainer.inner_steps=1 and "
         f"trainer.kl_weight=0":
             advantage.two_streams and (not optimizer.needs_natural or trainer.inner_steps > 1 or trainer.kl_weight > 0),

@@ -30,6 +30,7 @@ class Projection(ABC):
     shares_axes = True  # whether both blocks may turn the same singular axes, ...
     needs_shared_axes = False  # ... and whether they must
     masks_forward = False  # whether labels are needed before the backward
+    trains_gate = False  # whether it has a loss for the gate of the quarantine
     blocks: tuple[str, ...] = (DEPLOYED,)  # whose gradients it needs
     stop_at = "output"
 

@@ -52,6 +52,10 @@ class StopGradient(Projection):
     def stop_at(self) -> str:
         return self.at
 
+    @property
+    def trains_gate(self) -> bool:
+        return self.gate > 0
+
     def weights(self, labels: Labels, quarantine: Tensor, adapter: Adapter, group: int) -> Weights:
         """The forward already masks; a flagged rollout with the quarantine off has nothing to teach and is dropped."""
         off = quarantine == 0
