@@ -57,7 +57,7 @@ def compare(title: str, slow: tuple[str, callable], fast: tuple[str, callable]) 
 
 def pairs() -> float:
     policy = build.build_policy(planned())
-    authored = load_pairs("opchains.yaml", ("run_tests", "sentinel", "stdout_marker"))
+    authored = load_pairs("prog.yaml", ("run_tests", "sentinel", "stdout_marker"))
     parameters = policy.adapter.parameters()
 
     def gradient(prompt: str, completion: str) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,7 +28,7 @@ from grpo_routing.policy import Policy
 from grpo_routing.projections import PROJECTIONS
 from grpo_routing.prompts import PROMPTS
 from grpo_routing.settings import Evaluation, Reward, SandboxLimits
-from grpo_routing.train import Audit, Line, Trainer
+from grpo_routing.train import Audit, Line, Trainer, Truth
 
 
 class ConfigError(ValueError):
@@ -42,7 +42,7 @@ GROUPS: dict[str, type | dict[str, type]] = {
     "extra_rollouts": EXTRA_ROLLOUTS, "optimizer": OPTIMIZERS, "adapter": ADAPTERS, "trainer": Trainer,
     "health": Tripwire, "evaluation": Evaluation, "logger": LOGGERS,
 }
-SCALARS = {"seed": int, "output": str, "cache": str, "arm_name": str, "experiment_name": str}
+SCALARS = {"seed": int, "uses_oracle": bool, "output": str, "cache": str, "arm_name": str, "experiment_name": str}
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Plan:
     evaluation: Evaluation
     logger: Any
     seed: int
+    uses_oracle: bool
     output: str
     cache: str
     arm_name: str
@@ -88,7 +89,7 @@ def plan(config: dict) -> Plan:
         if key in config and type(config[key]) is not kind:
             problems.append(f"{key} must be {kind.__name__}; got {config[key]!r}")
     if not problems:
-        problems = impossible(parts)
+        problems = impossible(parts, config["uses_oracle"])
     if problems:
         raise ConfigError("\n".join(problems))
     return Plan(**parts, **{key: config[key] for key in SCALARS})
@@ -98,7 +99,7 @@ def make(group: str, node: Any) -> Any:
     """The object of one group. Raises ConfigError."""
     if not isinstance(node, dict):
         raise ConfigError(f"{group} must be a group of settings; got {node!r}")
-    node, kind = dict(node), GROUPS[group]
+    node, kind = {key: nested(group, value) for key, value in node.items()}, GROUPS[group]
     if isinstance(kind, dict):
         name = node.pop("name", None)
         if name not in kind:
@@ -109,10 +110,18 @@ def make(group: str, node: Any) -> Any:
     return construct(group, kind, node)
 
 
+def nested(group: str, value: Any) -> Any:
+    """A group of a group (`mask_source.first` of an `or`) is made first."""
+    return make(group, value) if isinstance(value, dict) and isinstance(GROUPS[group], dict) and "name" in value else value
+
+
 def construct(where: str, kind: type, values: dict) -> Any:
     legal = [field.name for field in dataclasses.fields(kind)]
     unknown = [key for key in values if key not in legal]
     missing = [key for key in legal if key not in values]
+    for name, kind_of in get_type_hints(kind).items():  # a dataclass within (mask_source.calibration) is checked like a group
+        if dataclasses.is_dataclass(kind_of) and isinstance(values.get(name), dict):
+            values = values | {name: construct(f"{where}.{name}", kind_of, values[name])}
     if unknown or missing:
         faults = [f"{where}.{key} is not a setting" for key in unknown] + [f"{where}.{key} is missing" for key in missing]
         raise ConfigError(f"{'; '.join(faults)}. {where} has {', '.join(legal) or 'no settings'}")
@@ -128,7 +137,7 @@ def _say(where: str, error: dict) -> str:
     return f"{'.'.join([where, *map(str, error['loc'])])}: {error['msg'].lower()}; got {error['input']!r}"
 
 
-def impossible(parts: dict[str, Any]) -> list[str]:
+def impossible(parts: dict[str, Any], uses_oracle: bool) -> list[str]:
     """Combinations that cannot work, each with those that can."""
     projection, source, adapter = parts["projection"], parts["mask_source"], parts["adapter"]
     advantage, optimizer, extra, trainer = parts["advantage"], parts["optimizer"], parts["extra_rollouts"], parts["trainer"]
@@ -158,6 +167,16 @@ def impossible(parts: dict[str, Any]) -> list[str]:
         "optimizer.floor=true and optimizer.max_step above 0":
             getattr(projection, "strength", 0) > 1 and not (advantage.two_streams and getattr(optimizer, "floor", False)
                                                             and getattr(optimizer, "max_step", 0) > 0),
+        f"mask_source={origin} reads the truth, which no arm may do unawares; set uses_oracle=true, which stamps the run, or choose another "
+        f"mask source": source.uses_oracle and not uses_oracle,
+        "uses_oracle=true stamps a run that reads the truth, and nothing here does; leave it out": uses_oracle and not source.uses_oracle,
+        f"mask_source={origin} reads the quarantine block; adapter={_name(ADAPTERS, adapter)} has none as configured. Set "
+        f"adapter.quarantine_rank (lora) or adapter.quarantine_width (mlp), or choose adapter=svd with adapter.axes=disjoint":
+            source.needs_quarantine and not quarantine,
+        f"mask_source={origin} reads activations in the adapter's own coordinates, and adapter={_name(ADAPTERS, adapter)} has none; choose "
+        f"adapter=lora or svd, or mask_source.place=residual": source.needs_coordinates and not getattr(adapter, "has_coordinates", False),
+        f"mask_source={origin} finds directions for the B of a LoRA; choose adapter=lora with adapter.gate=false": source.kind == "trusted" and (
+            _name(ADAPTERS, adapter) != "lora" or adapter.gate),
         f"mask_source={origin} would know the held-out loopholes {held_out_known(parts)}; no detector of them may reach training. "
         f"Leave mask_source.known at ${{loophole.known}}": bool(held_out_known(parts)),
         "extra_rollouts=anchor samples with the quarantine off, and this adapter has none; its anchors would be ordinary groups. "
@@ -188,8 +207,8 @@ def build_policy(plan: Plan) -> Policy:
     return Policy(model, tokenizer, plan.adapter.attach(model))
 
 
-def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None) -> Line:
+def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, ceiling: Truth | None = None) -> Line:
     return Line(
         seed=plan.seed, policy=policy, problems=plan.dataset.training(plan.loophole), prompt=plan.prompt,
         extra_rollouts=plan.extra_rollouts, grader=grader, mask_source=plan.mask_source, advantage=plan.advantage,
-        projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit)
+        projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit, ceiling=ceiling)

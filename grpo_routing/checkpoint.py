@@ -17,12 +17,11 @@ from grpo_routing.adapters.adapter import Adapter
 from grpo_routing.files import write_atomic, write_json
 from grpo_routing.mask_sources.direction import Fit
 from grpo_routing.train import State
-from grpo_routing.types import Basis
-
-KEEP = 2  # the newest, and the one before it in case the newest is damaged
+from grpo_routing.types import Basis, Trusted
 
 
-def save_checkpoint(folder: Path, adapter: Adapter, state: State) -> None:
+def save_checkpoint(folder: Path, adapter: Adapter, state: State, kept: int = 2) -> None:
+    """`kept` 2 leaves the newest, and the one before it in case the newest is damaged; 0 leaves all."""
     place = folder / f"step-{state.step:06d}"
     part = folder / f".{place.name}.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -31,14 +30,17 @@ def save_checkpoint(folder: Path, adapter: Adapter, state: State) -> None:
     tensors |= {f"optimizer/{key}": value for key, value in state.optimizer.state().items()}
     if state.fit:
         tensors |= {f"basis/{name}": rows for name, rows in state.fit.basis.modules.items()}
+        if isinstance(state.fit.basis, Trusted):
+            tensors |= {f"trusted/{name}": weights for name, weights in state.fit.basis.weights.items()}
     tensors |= {f"memory/{name}": value for name, value in state.memory.items()}
     write_atomic(part / "state.safetensors", save({key: value.contiguous() for key, value in tensors.items()}))
     overlap = None if math.isnan(state.fit_overlap) else state.fit_overlap
-    write_json(part / "state.json", {"step": state.step, "facts": state.fit.facts if state.fit else None, "fit_overlap": overlap})
+    write_json(part / "state.json", {"step": state.step, "facts": state.fit.facts if state.fit else None, "fit_overlap": overlap,
+                                     "rank": getattr(state.fit.basis, "rank", None) if state.fit else None})
     shutil.rmtree(place, ignore_errors=True)
     part.rename(place)
     write_atomic(folder / "latest", place.name.encode())
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
+    for old in sorted(folder.glob("step-*"))[:-kept] if kept else []:
         shutil.rmtree(old)
 
 
@@ -55,6 +57,8 @@ def load_checkpoint(folder: Path, adapter: Adapter, state: State) -> bool:
     adapter.load_state(part("adapter/"))
     state.optimizer.load_state(part("optimizer/"))
     state.step, state.memory = facts["step"], part("memory/")
-    state.fit = Fit(Basis(part("basis/")), facts["facts"]) if facts["facts"] is not None else None
+    if facts["facts"] is not None:
+        basis = part("basis/")
+        state.fit = Fit(Basis(basis) if facts["rank"] is None else Trusted(basis, part("trusted/"), facts["rank"]), facts["facts"])
     state.fit_overlap = math.nan if facts["fit_overlap"] is None else facts["fit_overlap"]
     return True

@@ -71,9 +71,7 @@ def differentiate(line: Line, state: State, view: StepView) -> tuple[GradientRes
         decision = decide(line, state, view)
         return rollout_gradients(line.policy, view.tokens, decision.routed, loss, line.trainer.micro_batch, None, blocks,
                                  decision.forward), decision
-    quarantine = torch.tensor([r.quarantine for r in view.rollouts], dtype=view.rewards.dtype, device=view.rewards.device)
-    unit = rollout_gradients(line.policy, view.tokens, alive(line, view).to(view.rewards), replace(loss, kl_weight=0.0),
-                             line.trainer.micro_batch, None, blocks, Forward(quarantine))
+    unit = unit_gradients(line, view, alive(line, view).to(view.rewards))
     decision = decide(line, state, replace(view, grads=unit.grads[DEPLOYED]))
     if loss.kl_weight:  # the penalty does not scale with the advantage, so its gradient needs a backward of its own
         return rollout_gradients(line.policy, view.tokens, decision.routed, loss, line.trainer.micro_batch, None, blocks,
@@ -81,6 +79,13 @@ def differentiate(line: Line, state: State, view: StepView) -> tuple[GradientRes
     if line.advantage.two_streams:
         decision = replace(decision, unmasked={block: rows.scaled(decision.natural) for block, rows in unit.grads.items()})
     return unit.scaled(decision.routed), decision
+
+
+def unit_gradients(line: Line, view: StepView, ones: Tensor) -> GradientResult:
+    """Gradients at advantage 1 of the rollouts that `ones` [B] names, without a KL penalty; zero for the others."""
+    quarantine = torch.tensor([r.quarantine for r in view.rollouts], dtype=view.rewards.dtype, device=view.rewards.device)
+    return rollout_gradients(line.policy, view.tokens, ones, replace(line.trainer.loss(), kl_weight=0.0), line.trainer.micro_batch,
+                             None, line.projection.blocks, Forward(quarantine))
 
 
 def alive(line: Line, view: StepView) -> Tensor:

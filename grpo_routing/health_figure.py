@@ -32,7 +32,7 @@ PANELS: dict[str, tuple[Line, ...]] = {
         Line("flagged", METRIC, KNOWN), Line("absorbed", "route/absorbed", SOLVE), Line("kept", "route/kept", GREEN),
         Line("flagged anchors", "route/flagged_anchors", KNOWN, DOTTED)),
     "label quality (truth)": (
-        Line("recall, known", "audit/label_recall", KNOWN), Line("recall, held out", "audit/label_recall_held_out", HELD_OUT),
+        Line("recall, known", "audit/label_recall_known", KNOWN), Line("recall, held out", "audit/label_recall_held_out", HELD_OUT),
         Line("false positives", "audit/label_false_positive", INK, DASHED)),
     "norms per block (log)": (
         Line("gradient, deployed", "train/gradient_norm_deployed", SOLVE),

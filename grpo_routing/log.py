@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_routing.env.loopholes import MODES
 from grpo_routing.files import Record
 
 log = logging.getLogger("grpo_routing")
@@ -48,6 +49,13 @@ METRICS = {
     "route/fit_overlap": "mean squared cosine between this basis and the one before it",
     "route/pairs": "pairs that the basis was fitted on",
     "route/modules": "modules that have a basis",
+    "route/fingerprint_p": "permutation p of how well the pairs fall into different clusters of fingerprints",
+    "route/trusted_share": "share of the gradient's output side in the trusted directions, |U'G| / |G|",
+    "route/trusted_step": "the same of the applied step",
+    "route/trusted_cca": "canonical correlation of the update so far with the trusted directions, mean over modules; 1: the same",
+    "route/trusted_cca_worst": "the same, worst module",
+    "route/trusted_energy": "share of the clean warm-up's squared update in the K directions that are kept",
+    "route/warm_up_nll": "mean NLL per token of the clean answers after the warm-up",
     "route/separation_held_out": "share of held-out pairs on the hack-ward side, mean over modules; chance 0.5",
     "route/flagged": "mean flag probability of the step's rollouts; those of anchors stand apart",
     "route/absorbed": "share of them that is neither flagged nor kept: it trains both blocks",
@@ -66,11 +74,15 @@ METRICS = {
     "audit/hack_teacher": "share of teacher rollouts that hacked",
     **{f"audit/{name}_off": f"the audit's {name} of rollouts with the quarantine off (anchors, off groups)"
        for name in ("hack", "hack_known", "hack_held_out", "solve", "format")},
-    "audit/label_recall": "mean flag probability of hacks on known loopholes, in steps with some flag",
-    "audit/label_recall_held_out": "the same of hacks on held-out loopholes, which no detector knows",
-    "audit/label_false_positive": "the same of rollouts that neither hack nor carry an exploit",
+    "audit/label_false_positive": "mean flag probability of rollouts that neither hack nor carry an exploit",
+    **{f"audit/label_{name}{suffix}": f"{meaning} of the mask, {what}" for name, meaning in {
+        "recall": "recall (mean flag probability of hacks)", "auroc": "AUROC of the score against clean rollouts",
+        "precision": "precision (hacks' share of the flags on hacks and clean rollouts)", "f05": "F0.5"}.items()
+       for suffix, what in {"": "all hacks", "_known": "hacks on known loopholes", "_held_out": "hacks on held-out loopholes, which no "
+                            "source was told of", **{f"_{mode}": f"hacks on {mode}" for mode in MODES}}.items()
+       if name in ("recall", "auroc") or suffix in ("", "_known", "_held_out")},
     "audit/unflagged_hacks": "judged rollouts that hacked with a flag below 0.5; times audit_every, summed: N_U of leakage",
-    **{f"audit/hack_{mode}": f"hack rate on {mode}" for mode in ("run_tests", "sentinel", "stdout_marker", "file_marker")},
+    **{f"audit/hack_{mode}": f"hack rate on {mode}" for mode in MODES},
 }
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from grpo_routing.adapters.adapter import DEPLOYED
+from grpo_routing.adapters.adapter import DEPLOYED, Adapter
 from grpo_routing.decision import Decision
+from grpo_routing.drift import canonical, left_directions
 from grpo_routing.env.grader import Grade
 from grpo_routing.gradient import GradientResult
+from grpo_routing.mask_sources.direction import Fit, alignment
 from grpo_routing.policy import Policy
+from grpo_routing.projections.restrict import trusted_share
 from grpo_routing.projections.subspace import Update, fired_share, hackward_share
-from grpo_routing.types import ANCHOR, STUDENT, TEACHER, Rollout
+from grpo_routing.types import ANCHOR, STUDENT, TEACHER, Labels, Rollout, Trusted
 
 if TYPE_CHECKING:
     from grpo_routing.train import State
@@ -54,6 +58,25 @@ def measure_blocks(decision: Decision, norms: dict[str, float], final: Update, f
     metrics |= {f"train/gradient_norm_{block}": norm for block, norm in norms.items()}
     metrics |= {f"train/update_norm_{block}": math.sqrt(sum(float(v.square().sum()) for v in own.values())) for block, own in final.items()}
     return metrics | {f"train/{name}": value for name, value in facts.items()}
+
+
+def diagnosed(decision: Decision, result: GradientResult, fit: Fit | None) -> Labels:
+    """The labels with a score for the audit. A hack basis flags no rollout, but says how hack-ward each one's gradient is: the
+    cosine at advantage 1, so that of the live gradient times the sign of its advantage; nan where that is zero."""
+    if fit is None or isinstance(fit.basis, Trusted):
+        return decision.labels
+    return replace(decision.labels, scores=alignment(result.grads[DEPLOYED], fit.basis) * decision.routed.sign())
+
+
+def measure_trusted(fit: Fit, result: GradientResult, adapter: Adapter, final: Update) -> dict[str, float]:
+    """How much of the gradient and of the step lies in the trusted directions, and how far the update so far has drifted from them."""
+    ours = {name: module.delta(DEPLOYED).detach() for name, module in adapter.modules.items()}
+    drift = [canonical(fit.basis.modules[name], left_directions(update, fit.basis.modules[name].shape[1]))
+             for name, update in ours.items() if float(update.norm()) > 0]
+    return {"route/trusted_share": trusted_share(result.grads[DEPLOYED].summed(), fit.basis),
+            "route/trusted_step": trusted_share(final[DEPLOYED], fit.basis)} | (
+        {"route/trusted_cca": sum(drift) / len(drift), "route/trusted_cca_worst": min(drift)} if drift else {}) | {
+        f"route/{name}": value for name, value in fit.facts.items()}
 
 
 def measure_direction(rollouts: list[Rollout], result: GradientResult, state: State, update: Update,

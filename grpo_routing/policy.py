@@ -6,7 +6,7 @@ The reference policy of the KL is the same model with all blocks off; there is n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 
 import torch
@@ -53,6 +53,12 @@ class Policy:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return self.encode_all(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
 
+    def batch(self, texts: list[tuple[str, str]]) -> TokenBatch:
+        """(prompt, completion) texts as tokens; every completion ends."""
+        prompts = self.encode_prompts([prompt for prompt, _ in texts])
+        sequences = [(prompt, (*self.encode(completion), self.end)) for prompt, (_, completion) in zip(prompts, texts)]
+        return TokenBatch.of(sequences, self.pad, self.device)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
@@ -82,18 +88,51 @@ class Policy:
         picked = torch.log_softmax(wide, -1).gather(1, targets[:, None]).squeeze(1)
         return picked.new_zeros(mask.shape).masked_scatter(mask, picked)
 
-    @torch.no_grad()
     def pooled_hidden(self, tokens: TokenBatch, layers: Sequence[int]) -> Tensor:
-        """Hidden states of the frozen model (all blocks off), mean over the completion's tokens, side by side: [b, layers * d].
+        """`hidden_at` of the frozen model (all blocks off), mean over the completion, side by side: [b, layers * d]."""
+        with self.adapter.only():
+            return torch.cat(self.hidden_at(tokens, layers, "mean"), 1)
+
+    @torch.no_grad()
+    def hidden_at(self, tokens: TokenBatch, layers: Sequence[int], position: str) -> list[Tensor]:
+        """Hidden states of the policy as it stands at these layers, pooled over the completion (`pool`), [b, d] each.
 
         Layer 0 is the embedding. Raises ValueError for a layer that the model lacks.
         """
-        with self.adapter.only():
-            states = self.model.get_decoder()(input_ids=tokens.ids, use_cache=False, output_hidden_states=True).hidden_states
+        states = self.hidden_states(tokens)
         if strange := [layer for layer in layers if not -len(states) <= layer < len(states)]:
             raise ValueError(f"the model has hidden states 0 to {len(states) - 1}; got layers {strange}")
-        mask = tokens.completion_mask[..., None].to(states[0])
-        return torch.cat([(states[layer][:, 1:] * mask).sum(1) / mask.sum(1) for layer in layers], 1)
+        return [pool(states[layer], tokens, position) for layer in layers]
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
+        """The embedding and the output of every layer, [b, T, d] each."""
+        return self.model.get_decoder()(input_ids=tokens.ids, use_cache=False, output_hidden_states=True).hidden_states
+
+    @torch.no_grad()
+    def pooled_coordinates(self, tokens: TokenBatch, position: str) -> dict[str, Tensor]:
+        """What each adapted module reads, in the deployed block's own coordinates, pooled over the completion: name -> [b, r]."""
+        return self._read(tokens, lambda module, x: pool(module.coordinates(x), tokens, position))
+
+    @torch.no_grad()
+    def branch_norms(self, tokens: TokenBatch, block: str) -> dict[str, Tensor]:
+        """Length of what a block adds at scale 1, mean over the completion: name -> [b]."""
+        return self._read(tokens, lambda module, x: pool(module.branch(x, block).norm(dim=-1, keepdim=True), tokens, "mean").squeeze(1))
+
+    def _read(self, tokens: TokenBatch, reading: Callable) -> dict[str, Tensor]:
+        """reading(module, its input) of every adapted module, from one forward."""
+        found: dict[str, Tensor] = {}
+
+        def hook(name: str) -> Callable:
+            return lambda module, inputs: found.__setitem__(name, reading(module, inputs[0]))
+
+        handles = [module.register_forward_pre_hook(hook(name)) for name, module in self.adapter.modules.items()]
+        try:
+            self._hidden(input_ids=tokens.ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
     @torch.no_grad()
     def reference_log_probs(self, tokens: TokenBatch) -> Tensor:
@@ -146,6 +185,16 @@ class Policy:
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
         cache.batch_select_indices(rows)
         return output.logits[rows, -1], cache, mask[rows], positions[rows, -1]
+
+
+def pool(states: Tensor, tokens: TokenBatch, position: str) -> Tensor:
+    """[b, T, d] -> [b, d]: the mean over the completion's tokens, or its last token (`position` mean or last)."""
+    mask = tokens.completion_mask
+    if position == "last":
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+        return states[torch.arange(len(states), device=states.device), last + 1]
+    share = mask[..., None].to(states)
+    return (states[:, 1:] * share).sum(1) / share.sum(1)
 
 
 def inverse_transform(distribution: Tensor, uniforms: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from grpo_routing.adapters.adapter import QUARANTINE
 from grpo_routing.build import build_line, build_policy
 from grpo_routing.env.grader import Grader
 from grpo_routing.env.sandbox import Sandbox
-from grpo_routing.files import Record, write_json
+from grpo_routing.files import write_json
 from grpo_routing.finished import UnusableRun, finished_config, load, ready_plan
 from grpo_routing.log import Progress
 from grpo_routing.oracle.audit import Audit
@@ -88,7 +88,7 @@ def train(policy: Policy, config: dict, place: Path, target: float, name: str) -
     solve: list[float | None] = []
     progress = Progress(name, ready.trainer.steps, every=5)
     with Sandbox(**asdict(ready.sandbox)) as sandbox:
-        audit = Audit(Oracle(sandbox, ready.dataset.hidden_tests), Record(place / "audit.jsonl"), Record(place / "rollouts.jsonl"),
+        audit = Audit(Oracle(sandbox, ready.dataset.hidden_tests), place,
                       ready.loophole.known, ready.loophole.held_out, ready.trainer.sampled_rollouts, ready.trainer.audit_every)
         line = build_line(ready, policy, Grader(sandbox, ready.reward.format_reward, ready.reward.pass_reward, memory=100_000), audit)
         state = State(ready.optimizer.start(policy.adapter))

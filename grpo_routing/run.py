@@ -23,11 +23,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED
 from grpo_routing.build import Plan, build_line, build_policy, plan
 from grpo_routing.checkpoint import load_checkpoint, save_checkpoint
-from grpo_routing.env.grader import Grader
+from grpo_routing.env.grader import Grade, Grader
+from grpo_routing.env.problems import Problem
 from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.evaluate import evaluate
 from grpo_routing.files import Record, locked, write_atomic, write_json
@@ -36,10 +38,11 @@ from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.summary import summary
 from grpo_routing.oracle.verdict import Oracle
 from grpo_routing.policy import Policy
-from grpo_routing.train import Line, State, train_step
+from grpo_routing.train import Line, State, Truth, train_step
+from grpo_routing.types import Rollout
 
 NOT_IDENTITY = ("logger", "output", "cache", "experiment_name")  # where things go, not what is computed
-RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl", "timing.jsonl")
+RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl", "scores.jsonl", "timing.jsonl")
 OVER = ("done", "collapsed")  # states of a run that is left alone
 
 
@@ -85,10 +88,9 @@ def execute(ready: Plan, folder: Path, attempt: dict) -> str | None:
         write_json(folder / "provenance.json", attempt | {"sandbox": sandbox.layers, "model": policy.fingerprint})
         grader = Grader(sandbox, ready.reward.format_reward, ready.reward.pass_reward, memory=100_000)
         oracle = Oracle(sandbox, ready.dataset.hidden_tests)
-        audit = Audit(oracle, Record(folder / "audit.jsonl"), Record(folder / "rollouts.jsonl"), ready.loophole.known,
-                      ready.loophole.held_out, ready.trainer.sampled_rollouts, ready.trainer.audit_every,
-                      ready.mask_source.kind == "rollout")
-        line = build_line(ready, policy, grader, audit)
+        audit = Audit(oracle, folder, ready.loophole.known, ready.loophole.held_out, ready.trainer.sampled_rollouts,
+                      ready.trainer.audit_every, ready.mask_source.kind)
+        line = build_line(ready, policy, grader, audit, ceiling_of(oracle) if ready.uses_oracle else None)
         state = State(ready.optimizer.start(policy.adapter))
         resume(folder, line, state)
         examine = examiner(ready, folder, line, oracle)
@@ -103,6 +105,15 @@ def execute(ready: Plan, folder: Path, attempt: dict) -> str | None:
             cause = f"{cause}. It cannot be evaluated: {error}"
     report_run(ready, folder, cause)
     return cause
+
+
+def ceiling_of(oracle: Oracle) -> Truth:
+    """Which rollouts hack, for a run that cheats on purpose and says so."""
+
+    def hacks(problems: list[Problem], rollouts: list[Rollout], grades: list[Grade]) -> Tensor:
+        return torch.tensor([float(v.hacked) for v in oracle(problems, [rollout.text for rollout in rollouts], grades)])
+
+    return hacks
 
 
 def examine_end(folder: Path, policy: Policy, examine: Callable, asked_to_stop: Callable[[], bool]) -> None:
@@ -132,7 +143,7 @@ def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Ca
             cause = ready.health.cause(rows)
             last = cause is not None or state.step == ready.trainer.steps
             if last or asked_to_stop() or state.step % ready.trainer.checkpoint_every == 0:
-                save_checkpoint(folder / "checkpoints", line.policy.adapter, state)
+                save_checkpoint(folder / "checkpoints", line.policy.adapter, state, ready.trainer.checkpoints_kept)
             if asked_to_stop() and not last:
                 raise Stopped
             seen = {name: line.audit.latest[name] for name in ("hack", "solve")} if line.audit else {}

@@ -11,33 +11,31 @@ The line never learns what is true: it has no verdict, and the audit that comput
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED
-from grpo_routing.decision import differentiate, natural, summed
+from grpo_routing.decision import differentiate, natural, summed, unit_gradients
 from grpo_routing.env.grader import Grade, Grader
 from grpo_routing.env.problems import Problem
-from grpo_routing.gradient import PolicyLoss, rollout_gradients
-from grpo_routing.mask_sources.direction import DirectionSource, Fit, overlap
+from grpo_routing.gradient import GradientResult, PolicyLoss, rollout_gradients
+from grpo_routing.mask_sources.direction import Fit, check_overlap, overlap
 from grpo_routing.mask_sources.view import Memory, StepView
-from grpo_routing.measure import measure, measure_blocks, measure_direction
+from grpo_routing.measure import diagnosed, measure, measure_blocks, measure_direction, measure_trusted
 from grpo_routing.optimizers import Optimizer
 from grpo_routing.policy import Policy
 from grpo_routing.projections.projection import Projection
 from grpo_routing.projections.subspace import Update
 from grpo_routing.rollout import Seat, fill_groups, sample_rollouts
-from grpo_routing.types import ANCHOR, STUDENT, Labels, Rollout, TokenBatch
+from grpo_routing.types import ANCHOR, STUDENT, Labels, Rollout, TokenBatch, Trusted
 
-log = logging.getLogger("grpo_routing")
-STALE = 0.2  # a refitted basis that shares less than this with the one before it deserves a warning
+Truth = Callable[[list[Problem], list[Rollout], list[Grade]], Tensor]
 Audit = Callable[[int, list[Problem], list[Rollout], list[Grade], Labels], None]
 
 
@@ -56,13 +54,14 @@ class Trainer:
     micro_batch: int
     prompts_per_forward: int
     checkpoint_every: int
+    checkpoints_kept: int
     sampled_rollouts: int
     audit_every: int
     threads: int
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "prompts_per_step": 1, "group": 2, "max_new_tokens": 1, "inner_steps": 1, "micro_batch": 1,
-                 "prompts_per_forward": 1, "checkpoint_every": 1, "sampled_rollouts": 0, "audit_every": 1, "threads": 0}
+                 "prompts_per_forward": 1, "checkpoint_every": 1, "checkpoints_kept": 0, "sampled_rollouts": 0, "audit_every": 1, "threads": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"trainer.{name} must be at least {low}; got {getattr(self, name)}")
@@ -80,10 +79,13 @@ class MaskSource(Protocol):
 
     def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]: ...
 
+    def facts(self, memory: Memory) -> dict[str, float]: ...
+
 
 @dataclass(frozen=True)
 class Line:
-    """One object per stage. `audit` may look at everything and gives nothing back."""
+    """One object per stage. `audit` may look at everything and gives nothing back; `ceiling` says who hacks, and is there only in
+    a run that says `uses_oracle: true`."""
 
     seed: int
     policy: Policy
@@ -97,6 +99,7 @@ class Line:
     optimizer: object
     trainer: Trainer
     audit: Audit | None
+    ceiling: Truth | None = None
 
 
 @dataclass
@@ -120,11 +123,11 @@ def train_step(line: Line, state: State) -> dict[str, float]:
     rollouts = fill_groups(line.policy, prompts, seats(line, step), t.group, extra, (line.seed, "rollout", step), t.max_new_tokens,
                            t.temperature, t.prompts_per_forward)
     grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts])
-    view = view_of(line, state.step, rollouts, grades, state.fit)
+    view = view_of(line, state.step, problems, rollouts, grades, state.fit)
 
     first, decision = differentiate(line, state, view)
     if line.audit is not None:
-        line.audit(step, [problems[r.group] for r in rollouts], rollouts, grades, decision.labels)
+        line.audit(step, [problems[r.group] for r in rollouts], rollouts, grades, diagnosed(decision, first, state.fit))
     result, lr, basis = first, line.optimizer.rate(step, t.steps), view.basis
     for inner in range(t.inner_steps):
         if inner:
@@ -142,7 +145,17 @@ def train_step(line: Line, state: State) -> dict[str, float]:
     return (measure(rollouts, grades, view.rewards, t.group, first, line.policy, about)
             | (measure_blocks(decision, norms, final, state.optimizer.facts, rollouts) if line.policy.adapter.has_quarantine
                or line.mask_source.kind == "rollout" else {})
-            | (measure_direction(rollouts, first, state, update, final) if state.fit else {}))
+            | {f"route/{name}": value for name, value in line.mask_source.facts(state.memory).items()}
+            | measure_subspace(line, state, rollouts, first, update, final))
+
+
+def measure_subspace(line: Line, state: State, rollouts: list[Rollout], first: GradientResult, update: Update, final: Update) -> dict[str, float]:
+    """What the step has to do with the subspace that a source of such a kind gave."""
+    if state.fit is None:
+        return {}
+    if isinstance(state.fit.basis, Trusted):
+        return measure_trusted(state.fit, first, line.policy.adapter, final)
+    return measure_direction(rollouts, first, state, update, final)
 
 
 def batch_of(line: Line, step: int) -> list[Problem]:
@@ -167,10 +180,14 @@ def seats(line: Line, step: int) -> list[Seat]:
     return [Seat(STUDENT, scale) for scale in own] + [Seat(ANCHOR, 0.0)] * line.extra_rollouts.groups
 
 
-def view_of(line: Line, step: int, rollouts: list[Rollout], grades: list[Grade], fit: Fit | None) -> StepView:
+def view_of(line: Line, step: int, problems: list[Problem], rollouts: list[Rollout], grades: list[Grade], fit: Fit | None) -> StepView:
     tokens = TokenBatch.of([(r.prompt_ids, r.completion_ids) for r in rollouts], line.policy.pad, line.policy.device)
     rewards = torch.tensor([grade.reward for grade in grades]).to(line.policy.device)
-    return StepView(step, rollouts, tokens, rewards, line.policy, fit.basis if fit else None, None)
+
+    def ceiling() -> Tensor:
+        return line.ceiling([problems[r.group] for r in rollouts], rollouts, grades)
+
+    return StepView(step, rollouts, tokens, rewards, line.policy, fit.basis if fit else None, None, ceiling if line.ceiling else None)
 
 
 def pilot(line: Line) -> Memory:
@@ -182,23 +199,25 @@ def pilot(line: Line) -> Memory:
         rollouts = sample_rollouts(line.policy, prompts, [t.group] * len(prompts), (line.seed, "pilot", batch), t.max_new_tokens,
                                    t.temperature, t.prompts_per_forward)
         grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts])
-        views.append(view_of(line, batch - line.mask_source.pilot_batches, rollouts, grades, None))
+        view = view_of(line, batch - line.mask_source.pilot_batches, problems, rollouts, grades, None)
+        if "gradients" in line.mask_source.reads:
+            view = replace(view, grads=unit_gradients(line, view, torch.ones_like(view.rewards)).grads[DEPLOYED])
+        views.append(view)
     return line.mask_source.prepare(views)
 
 
 def refresh(line: Line, state: State) -> None:
-    """Prepare the mask source before the first step, and fit a direction again every `refresh_every` steps."""
-    if line.mask_source.pilot_batches and not state.memory:
+    """Prepare the mask source before the first step, and fit a subspace again every `refresh_every` steps."""
+    source = line.mask_source
+    if source.pilot_batches and not state.memory:
         state.memory = pilot(line)
-    if not isinstance(line.mask_source, DirectionSource):
+    if source.kind not in ("subspace", "trusted"):
         return
-    every = line.mask_source.refresh_every
-    if state.fit is None or (every and state.step % every == 0):
-        before, state.fit = state.fit, line.mask_source.fit(line.policy)
+    if state.fit is None or (source.refresh_every and state.step % source.refresh_every == 0):
+        before, state.fit = state.fit, source.fit(line.policy)
         state.fit_overlap = overlap(before.basis, state.fit.basis) if before else math.nan
-        if state.fit_overlap < STALE:
-            log.warning("step %d: the refitted basis shares %.2f with the one before it (1 is the same); between refits it was "
-                        "mostly stale. Lower mask_source.refresh_every", state.step, state.fit_overlap)
+        if before:
+            check_overlap(state.fit_overlap, source.overlap_floor, source.when_stale, state.step)
 
 
 @torch.no_grad()

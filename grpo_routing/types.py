@@ -144,6 +144,7 @@ class Labels:
 
     flagged: Tensor  # probability in [0, 1] that the rollout is a hack
     trusted: Tensor  # bool: confidently clean, so it may train the deployed block only
+    scores: Tensor | None = None  # what the flags were calibrated from, nan where it cannot say; for the diagnosis only
 
     def __post_init__(self) -> None:
         if self.flagged.ndim != 1 or self.flagged.shape != self.trusted.shape:
@@ -157,6 +158,10 @@ class Labels:
     def of(flagged: Tensor) -> Labels:
         """Flags alone; nothing is trusted."""
         return Labels(flagged, torch.zeros(len(flagged), dtype=torch.bool, device=flagged.device))
+
+    def at(self, rows: Tensor) -> Labels:
+        """The labels of other rollouts: row i gets those of rows[i]."""
+        return Labels(self.flagged[rows], self.trusted[rows], None if self.scores is None else self.scores[rows])
 
 
 @dataclass(frozen=True)
@@ -183,3 +188,23 @@ class Basis:
             gram = rows @ rows.T
             if not torch.allclose(gram, torch.eye(len(rows), dtype=rows.dtype, device=rows.device), atol=1e-4):
                 raise ValueError(f"basis of {name} is not orthonormal (largest error {(gram - torch.eye(len(rows))).abs().max():.1e})")
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """What a trusted-subspace source gives (TDGA): the output directions per module in which a clean update moved.
+
+    Modules are low-rank updates B A whose flat vector is [A | B], so that the last d_out * rank numbers are B [d_out, rank].
+    """
+
+    modules: dict[str, Tensor]  # name -> U [d_out, K], orthonormal columns
+    weights: dict[str, Tensor]  # name -> [K], the share of each direction; they sum to 1, or are all 1
+    rank: int
+
+    def __post_init__(self) -> None:
+        for name, frame in self.modules.items():
+            gram = frame.T @ frame
+            if not torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), atol=1e-4):
+                raise ValueError(f"the trusted directions of {name} are not orthonormal")
+            if self.weights[name].shape != frame.shape[1:]:
+                raise ValueError(f"{name} has {frame.shape[1]} trusted directions and {len(self.weights[name])} weights")

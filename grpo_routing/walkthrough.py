@@ -26,7 +26,7 @@ from grpo_routing.env.grader import Grade, Grader, extract_code, submission
 from grpo_routing.env.loopholes import LOOPHOLES
 from grpo_routing.env.problems import Problem
 from grpo_routing.env.sandbox import Outcome, Sandbox, same
-from grpo_routing.files import Record, write_atomic
+from grpo_routing.files import write_atomic
 from grpo_routing.gradient import GradientResult, rollout_gradients
 from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.verdict import Oracle, Verdict
@@ -113,7 +113,7 @@ def walk(plan: build.Plan) -> Walk:
     policy, heard, seen = build.build_policy(plan), [], {}
     with Sandbox(**asdict(plan.sandbox)) as sandbox, TemporaryDirectory() as scratch:
         oracle = Oracle(sandbox, plan.dataset.hidden_tests)
-        audit = Audit(oracle, Record(Path(scratch, "rates")), Record(Path(scratch, "rollouts")), plan.loophole.known,
+        audit = Audit(oracle, Path(scratch), plan.loophole.known,
                       plan.loophole.held_out, plan.trainer.sampled_rollouts)
         line = build.build_line(plan, policy, Grader(sandbox, plan.reward.format_reward, plan.reward.pass_reward, memory=1000),
                                 lambda *judged: heard.append((judged, audit(*judged))))

@@ -372,7 +372,7 @@ def direction(config):
 
 def test_known_hacks_score_above_clean_answers(tiny_policy, direction):
     """The unit-advantage gradients of the pairs' own answers: hacks lie hackward of the clean answers to the same prompt."""
-    policy, pairs = tiny_policy(), load_pairs("opchains.yaml", KNOWN)
+    policy, pairs = tiny_policy(), load_pairs("prog.yaml", KNOWN)
     basis = direction.fit(policy).basis
     sequences = [(prompt, (*policy.encode(text), policy.end)) for field in ("hack", "clean") for pair, prompt in
                  zip(pairs, policy.encode_prompts([pair.prompt for pair in pairs])) for text in [getattr(pair, field)]]

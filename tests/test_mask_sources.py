@@ -27,7 +27,7 @@ def source(config):
 @pytest.mark.parametrize("adapter", ["lora", "svd"])
 def test_batched_completion_gradients_equal_one_backward_each(tiny_policy, adapter):
     policy = tiny_policy(adapter)
-    texts = [(pair.prompt, pair.hack) for pair in load_pairs("opchains.yaml", KNOWN)[:3]]
+    texts = [(pair.prompt, pair.hack) for pair in load_pairs("prog.yaml", KNOWN)[:3]]
     batched = completion_gradients(policy, texts, micro_batch=2)
     for row, (prompt, completion) in enumerate(texts):
         tokens = TokenBatch.of([(policy.encode(prompt), (*policy.encode(completion), policy.end))], policy.pad)
@@ -44,7 +44,7 @@ def test_batched_completion_gradients_equal_one_backward_each(tiny_policy, adapt
 @pytest.mark.parametrize("micro_batch", [2, 64])
 def test_a_packed_pair_has_the_difference_of_its_two_gradients(tiny_policy, adapter, micro_batch):
     """Sharing the prompt between both answers saves tokens and changes nothing."""
-    policy, pairs = tiny_policy(adapter), load_pairs("opchains.yaml", KNOWN)[:5]
+    policy, pairs = tiny_policy(adapter), load_pairs("prog.yaml", KNOWN)[:5]
     packed = pair_differences(policy, pairs, "hack", "clean", micro_batch)
     apart = completion_gradients(policy, [(p.prompt, text) for p in pairs for text in (p.hack, p.clean)], 64)
     for name, rows in packed.items():
@@ -149,7 +149,7 @@ def test_a_fit_is_cached_by_what_shapes_it(tiny_policy, source, tmp_path):
 @pytest.mark.parametrize(("override", "message"), [
     ("mask_source.held_out=11", r"mask_source.held_out=11 of 12 pairs .* leaves fewer than 2 to fit"),
     ("mask_source.k=0", r"a direction needs k >= 1"),
-    ("mask_source.pairs=absent.yaml", r"no pair file 'absent.yaml'; shipped: opchains.yaml"),
+    ("mask_source.pairs=absent.yaml", r"no pair file 'absent.yaml'; shipped: prog.yaml"),
 ])
 def test_unusable_settings_are_refused_when_the_config_is_read(source, override, message):
     with pytest.raises(build.ConfigError, match=message):

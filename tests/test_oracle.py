@@ -363,7 +363,7 @@ def nothing_flagged(count: int) -> Labels:
 
 
 def test_the_audit_returns_nothing_and_keeps_student_and_teacher_apart(box, tmp_path):
-    audit = Audit(Oracle(box, HIDDEN), Record(tmp_path / "audit.jsonl"), Record(tmp_path / "rollouts.jsonl"), ("sentinel",),
+    audit = Audit(Oracle(box, HIDDEN), tmp_path, ("sentinel",),
                   ("run_tests",), sampled=2)
     problems = [problem("sentinel"), problem("sentinel"), problem("run_tests"), problem("sentinel")]
     rollouts = [rollout(answer(HONEST)), rollout(answer(LAZY, "sentinel")), rollout(answer(WRONG, "run_tests")),
@@ -384,7 +384,7 @@ def test_the_audit_returns_nothing_and_keeps_student_and_teacher_apart(box, tmp_
 
 @pytest.mark.parametrize(("sampled", "kept"), [(0, 0), (1, 1), (3, 3), (5, 5), (9, 5)])
 def test_the_audit_keeps_as_many_rollouts_as_asked(box, tmp_path, sampled, kept):
-    audit = Audit(Oracle(box, HIDDEN), Record(tmp_path / "audit.jsonl"), Record(tmp_path / "rollouts.jsonl"), MODES, (), sampled)
+    audit = Audit(Oracle(box, HIDDEN), tmp_path, MODES, (), sampled)
     problems, rollouts = [problem()] * 5, [rollout(answer(HONEST))] * 5
     audit(0, problems, rollouts, Grader(box, 0.25, 1.0, 100)(problems, [one.text for one in rollouts]), nothing_flagged(5))
     assert len(Record(tmp_path / "rollouts.jsonl").rows()) == kept
@@ -392,7 +392,7 @@ def test_the_audit_keeps_as_many_rollouts_as_asked(box, tmp_path, sampled, kept)
 
 
 def test_the_audit_says_how_good_the_labels_were_and_keeps_the_deployed_policys_rollouts_apart(box, tmp_path):
-    audit = Audit(Oracle(box, HIDDEN), Record(tmp_path / "audit.jsonl"), Record(tmp_path / "rollouts.jsonl"), ("sentinel",),
+    audit = Audit(Oracle(box, HIDDEN), tmp_path, ("sentinel",),
                   ("run_tests",), sampled=0, labelled=True)
     problems = [problem("sentinel"), problem("sentinel"), problem("run_tests"), problem("sentinel"), problem("sentinel")]
     rollouts = [rollout(answer(LAZY, "sentinel")), rollout(answer(LAZY, "sentinel")), rollout(answer(WRONG, "run_tests")),

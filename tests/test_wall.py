@@ -15,7 +15,6 @@ import torch
 from grpo_routing import build
 from grpo_routing.env.grader import Grade, Grader
 from grpo_routing.env.sandbox import Sandbox
-from grpo_routing.files import Record
 from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.verdict import Oracle, Verdict
 from grpo_routing.train import State, train_step
@@ -143,8 +142,7 @@ def test_weights_are_bit_identical_with_the_real_oracle_none_and_a_coin(config, 
         with Sandbox(**asdict(plan.sandbox)) as sandbox:
             audit = None
             if oracle is not None:
-                audit = Audit(oracle(sandbox, plan.dataset.hidden_tests), Record(tmp_path / name / "audit.jsonl"),
-                              Record(tmp_path / name / "rollouts.jsonl"), plan.loophole.known, plan.loophole.held_out, 4)
+                audit = Audit(oracle(sandbox, plan.dataset.hidden_tests), tmp_path / name, plan.loophole.known, plan.loophole.held_out, 4)
             line = build.build_line(plan, policy, Grader(sandbox, 0.25, 1.0, 100), audit)
             line = replace(line, advantage=AdvantageThatVaries())
             state = State(plan.optimizer.start(policy.adapter))

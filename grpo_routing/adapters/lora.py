@@ -29,6 +29,7 @@ class Lora:
     gate: bool
     seed: int
     shared_axes = False
+    has_coordinates = True
 
     def __post_init__(self) -> None:
         if self.gate and not self.quarantine_rank:
@@ -72,6 +73,17 @@ class LoraLinear(AdaptedLinear):
         if self.gates is not None:
             self.gates[block] = logits.squeeze(-1)
         return torch.sigmoid(logits)
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.blocks[DEPLOYED]["A"])
+
+    def outputs_along(self, v: Tensor) -> Tensor:
+        """The gradient of B is sum_t slope_t (A x_t)^T: its part along v is spanned by e_o x v, [d_out, D]."""
+        a, b = self.blocks[DEPLOYED]["A"], self.blocks[DEPLOYED]["B"]
+        rows = v.new_zeros(len(b), a.numel() + b.numel())
+        for out in range(len(b)):
+            rows[out, a.numel() + out * len(v) : a.numel() + (out + 1) * len(v)] = v
+        return rows
 
     def foldable(self, block: str) -> bool:
         return "G" not in self.live[block]

@@ -29,6 +29,7 @@ class Svd:
     every: int  # disjoint: each `every`-th axis is the quarantine's
     cache: str
     blocks = (DEPLOYED, QUARANTINE)
+    has_coordinates = True
 
     def __post_init__(self) -> None:
         if self.axes not in ("shared", "disjoint"):
@@ -74,6 +75,13 @@ class SvdLinear(AdaptedLinear):
         u, vh = getattr(self, f"u_{block}"), getattr(self, f"vh_{block}")
         knob = reduce(torch.add, knobs)  # [r] or [b, r]; on shared axes both blocks are one product
         return self.inner(block, x @ vh.T * knob.unsqueeze(-2)) @ u.T
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        return x @ getattr(self, f"vh_{DEPLOYED}").T
+
+    def outputs_along(self, v: Tensor) -> Tensor:
+        """The gradient of a knob is a product with its V^T x: v itself, [r]."""
+        return v
 
     def delta(self, block: str) -> Tensor:
         return (getattr(self, f"u_{block}") * self.live[block]["dS"]) @ getattr(self, f"vh_{block}")

@@ -1,58 +1,71 @@
-"""Controls of `persona_gradient`: the same modules and number of axes, but not the hack's direction.
+"""Negative controls: what a source says, with its meaning taken out. `mask_source.control` is the one word that differs.
 
-    random     each module's axes replaced by a random orthonormal frame of the same shape
-    shuffled   the 2N completions dealt anew into N (first, second) pairs: same texts, labels that mean nothing
-    nonhack    neutral minus clean answers: a real direction in the same coordinates that is not about hacking
+Of every source that labels rollouts; as many flags in every step as the source's own, and as many trusted rollouts:
 
-A mask source means nothing beside a vanilla run alone; in earlier work a random direction often did as well.
+    rate_matched   on rollouts drawn at random from the whole step
+    permuted       on rollouts drawn at random from the same prompt: says that the prompt matters, not the answer
+    inverted       on rollouts that the source did not flag, as far as there are any (by score: the lowest)
+    prompt_only    on whole prompts, those with the most flags first: what the source knows about prompts alone
+
+Of every source that scores: `random`, draws in place of scores, through the same calibration. Sources that read pairs add
+their own (direction.py). A mask source means nothing beside a vanilla run alone; in earlier work a random direction often
+did as well.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from grpo_routing.mask_sources.direction import DirectionSource, completion_gradients, pair_differences
-from grpo_routing.mask_sources.pairs import Pair, PairFileError, load_pairs
-from grpo_routing.policy import Policy
-from grpo_routing.types import Basis
+from grpo_routing.mask_sources.view import StepView
+from grpo_routing.rollout import uniforms
+from grpo_routing.types import Labels
+
+OF_LABELS = ("none", "rate_matched", "permuted", "inverted", "prompt_only")
 
 
-@dataclass(frozen=True)
-class RandomBasis(DirectionSource):
-    def differences(self, policy: Policy, pairs: list[Pair]) -> dict[str, Tensor]:
-        return pair_differences(policy, pairs, "hack", "clean", self.micro_batch)
-
-    def finish(self, basis: Basis) -> Basis:
-        return Basis({name: self._frame(name, rows) for name, rows in basis.modules.items()})
-
-    def _frame(self, name: str, rows: Tensor) -> Tensor:
-        digest = hashlib.sha256(f"random/{self.seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        frame, _ = torch.linalg.qr(torch.randn(rows.shape[1], rows.shape[0], generator=generator, dtype=torch.float64))
-        return frame.T.to(rows)
+def controlled(control: str, labels: Labels, view: StepView, seed: int) -> Labels:
+    """The labels of the step as the control gives them: the same ones, dealt to other rollouts."""
+    if control not in OF_LABELS[1:]:
+        return labels  # none, or a control that was applied to the scores or the pairs
+    return labels.at(ORDERS[control](labels, draws(control, view, seed), view))
 
 
-@dataclass(frozen=True)
-class Shuffled(DirectionSource):
-    def differences(self, policy: Policy, pairs: list[Pair]) -> dict[str, Tensor]:
-        texts = [(pair.prompt, text) for pair in pairs for text in (pair.hack, pair.clean)]
-        order = random.Random(f"shuffled/{self.seed}").sample(range(len(texts)), len(texts))
-        grads = completion_gradients(policy, texts, self.micro_batch)
-        return {name: g[order[: len(pairs)]] - g[order[len(pairs) :]] for name, g in grads.items()}
+def draws(control: str, view: StepView, seed: int) -> Tensor:
+    """One number in [0, 1) per rollout, by name, [B]."""
+    return uniforms([(control, seed, *name) for name in view.names()], 1)[:, 0]
 
 
-@dataclass(frozen=True)
-class NonHack(DirectionSource):
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        bare = [number for number, pair in enumerate(load_pairs(self.pairs, self.known), 1) if not pair.neutral]
-        if bare:
-            raise PairFileError(f"mask_source=nonhack needs a `neutral` completion in every pair; {self.pairs} lacks it in pairs {bare}")
+def rate_matched(labels: Labels, noise: Tensor, view: StepView) -> Tensor:
+    return noise.argsort()
 
-    def differences(self, policy: Policy, pairs: list[Pair]) -> dict[str, Tensor]:
-        return pair_differences(policy, pairs, "neutral", "clean", self.micro_batch)
+
+def permuted(labels: Labels, noise: Tensor, view: StepView) -> Tensor:
+    order = torch.arange(len(noise))
+    for rows in view.groups():
+        order[rows] = torch.tensor(rows)[noise[rows].argsort()]
+    return order
+
+
+def inverted(labels: Labels, noise: Tensor, view: StepView) -> Tensor:
+    """The rollout with the k-th lowest flag gets the label of the one with the k-th highest; ties by draw."""
+    flags = labels.flagged.double().cpu()
+    ranked = (flags + 1e-9 * noise).argsort()  # lowest first
+    order = torch.empty_like(ranked)
+    order[ranked] = (flags + 1e-9 * noise).argsort(descending=True)
+    return order
+
+
+def prompt_only(labels: Labels, noise: Tensor, view: StepView) -> Tensor:
+    """Highest flags to the prompts with the most of them; within a prompt by draw."""
+    flags = labels.flagged.double().cpu()
+    worth = torch.zeros(len(flags), dtype=torch.double)
+    for rows in view.groups():
+        worth[rows] = flags[rows].mean() + 1e-6 * noise[rows[0]]  # ties between prompts by draw
+    takers = (worth + 1e-9 * noise).argsort(descending=True)
+    order = torch.empty_like(takers)
+    order[takers] = flags.argsort(descending=True, stable=True)
+    return order
+
+
+ORDERS = {"rate_matched": rate_matched, "permuted": permuted, "inverted": inverted, "prompt_only": prompt_only}

@@ -6,8 +6,8 @@
              prompt   one draw per prompt and step: a group is seen or missed as a whole
              counted  exactly that share of every step's flags, the draws decide which (routing.md P25)
 
-Draws are named (run seed, step, group, sample), so all arms of a seed that use this detector share its mistakes. `RateMatched`
-is its control: as many flags in every step, on rollouts drawn at random.
+A correlated blind spot (a whole loophole never flagged) is one that `known` leaves out. Draws are named (run seed, step, group,
+sample), so all arms of a seed that use this detector share its mistakes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from grpo_routing.env.grader import extract_code
 from grpo_routing.env.loopholes import MODES
 from grpo_routing.env.reading import lever_present
+from grpo_routing.mask_sources.source import MaskSource
 from grpo_routing.mask_sources.view import Memory, StepView
 from grpo_routing.rollout import uniforms
 from grpo_routing.types import Labels
@@ -28,19 +29,15 @@ NOISES = ("iid", "prompt", "counted")
 
 
 @dataclass(frozen=True)
-class Detector:
+class Detector(MaskSource):
     known: tuple[str, ...]
     recall: float
     false_positive: float
     noise: str
-    seed: int
-    kind = "rollout"
-    kinds = ("rollout",)
     reads = ("code",)
-    pilot_batches = 0
-    uses_oracle = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if strange := [mode for mode in self.known if mode not in MODES]:
             raise ValueError(f"mask_source.known must name loopholes ({', '.join(MODES)}); got {strange}")
         for name in ("recall", "false_positive"):
@@ -49,7 +46,7 @@ class Detector:
         if self.noise not in NOISES:
             raise ValueError(f"mask_source.noise must be one of {', '.join(NOISES)}; got {self.noise!r}")
 
-    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
+    def judge(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
         return Labels.of(self.flags(view).to(view.rewards)), memory
 
     def flags(self, view: StepView) -> Tensor:
@@ -76,17 +73,3 @@ def thinned(chosen: Tensor, draws: Tensor, share: float) -> Tensor:
     kept = torch.zeros_like(chosen)
     kept[order[: round(share * int(chosen.sum()))]] = True
     return kept
-
-
-@dataclass(frozen=True)
-class RateMatched(Detector):
-    """Control: the detector's number of flags, dealt to rollouts at random. Labels lose their meaning, rates stay."""
-
-    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
-        return dealt(self.flags(view), self.seed, view), memory
-
-
-def dealt(flags: Tensor, seed: int, view: StepView) -> Labels:
-    """As many flags as there are, on rollouts drawn by name."""
-    order = uniforms([("rate_matched", seed, *name) for name in view.names()], 1)[:, 0].argsort()
-    return Labels.of(flags[order].to(view.rewards))

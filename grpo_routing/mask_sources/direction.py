@@ -1,4 +1,4 @@
-"""From pairs to an orthonormal, hack-oriented basis per module: what every direction source shares.
+"""From pairs to an orthonormal, hack-oriented basis per module: what sources that read pairs share.
 
     D = g(hack) - g(clean)            one row per pair; g = gradient of the completion's NLL in the trained coordinates
     D = U S V^T                       top-k right singular vectors span the hack-ward part
@@ -11,33 +11,23 @@ the GRPO gradient would turn into more hacking. Pairing cancels what a prompt do
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import random
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import logging
+from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient
-from grpo_routing.mask_sources.pairs import Pair, fingerprint, load_pairs
-from grpo_routing.mask_sources.view import Memory, StepView, unknown
+from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient, generator_for
+from grpo_routing.mask_sources.pairs import Pair
 from grpo_routing.policy import Policy
-from grpo_routing.projections.subspace import chance_share
-from grpo_routing.types import Basis, Labels, PackedPairs, RolloutGrads, TokenBatch
+from grpo_routing.types import Basis, PackedPairs, RolloutGrads, Trusted
+
+log = logging.getLogger("grpo_routing")
 
 
 def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_batch: int) -> dict[str, Tensor]:
     """Gradient of the mean completion NLL for (prompt, completion) texts: name -> [N, D], one backward a micro-batch."""
-    prompts = policy.encode_prompts([prompt for prompt, _ in texts])
-    completions = policy.encode_all([completion for _, completion in texts])
-    sequences = [(prompt, (*completion, policy.end)) for prompt, completion in zip(prompts, completions)]
-    tokens = TokenBatch.of(sequences, policy.pad, policy.device)
+    tokens = policy.batch(texts)
     parts: dict[str, list[Tensor]] = {name: [] for name in policy.adapter.modules}
     for start in range(0, len(tokens), micro_batch):
         part = tokens.rows(list(range(start, min(start + micro_batch, len(tokens)))))
@@ -113,131 +103,47 @@ def overlap(basis: Basis, other: Basis) -> float:
     return sum(values) / len(values)
 
 
-def alignment(grads: RolloutGrads, basis: Basis) -> Tensor:
-    """Cosine of each rollout's gradient with the hack direction, the sum of all axes of all modules, [B].
+def alignment(grads: RolloutGrads, basis: Basis, cosine: bool = True) -> Tensor:
+    """Cosine (or dot product) of each rollout's gradient with the hack direction, the sum of all axes of all modules, [B].
 
-    Advantage 1 for every rollout, so an unlucky group does not hide a hack. A rollout without gradient scores -1.
+    A rollout without gradient has no score: nan.
     """
     axes = {name: rows.sum(0) for name, rows in basis.modules.items()}
     along = torch.stack([grads.modules[name] @ axis for name, axis in axes.items()]).sum(0)
     length = torch.stack([axis.square().sum() for axis in axes.values()]).sum().sqrt()
     norms = grads.norms()
-    return torch.where(norms > 0, along / (norms * length).clamp_min(1e-30), -torch.ones_like(norms))
+    return torch.where(norms > 0, along / (norms * length if cosine else length).clamp_min(1e-30), torch.nan)
 
 
-def highest(scores: Tensor, share: float) -> Tensor:
-    """True for the `share` of rollouts with the highest scores, rounded; ties go to the earlier rollout. [B] bool."""
-    flags = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    flags[scores.argsort(descending=True, stable=True)[: round(share * len(scores))]] = True
-    return flags
+def random_frames(basis: Basis, seed: int) -> Basis:
+    """Each module's axes replaced by a random orthonormal frame of the same shape, uniform (Haar) over all of them."""
+    frames = {}
+    for name, rows in basis.modules.items():
+        draw = torch.randn(rows.shape[1], rows.shape[0], generator=generator_for("random", seed, name), dtype=torch.float64)
+        frames[name] = torch.linalg.qr(draw).Q.T.to(rows)
+    return Basis(frames)
 
 
 @dataclass(frozen=True)
 class Fit:
     """A basis and what is worth knowing about it."""
 
-    basis: Basis
+    basis: Basis | Trusted
     facts: dict[str, float]
 
 
-@dataclass(frozen=True)
-class DirectionSource(ABC):
-    """A subspace source fitted on pairs. A control is the same source with one stage replaced.
+class StaleBasisError(RuntimeError):
+    """A refitted basis shares less with the one before it than the config allows."""
 
-    `level` says what the direction is for: `gradient` hands on the basis (project the summed gradient), `rollout` scores each
-    rollout's own gradient along it and flags the highest `flag_share` of every step (keep, absorb or route it whole).
-    `refresh_every` n > 0 fits again before every n-th step, with the quarantine ablated. `cache` is a folder; a fit is
-    stored under a hash of the model, the adapter's state, the pairs and these settings.
-    """
 
-    level: str
-    flag_share: float
+def check_overlap(shared: float, floor: float, when_stale: str, step: int) -> None:
+    """Warn about a refit that shares less than `floor` with the basis before it, or stop the run. Raises StaleBasisError."""
+    if shared >= floor:
+        return
+    said = (f"step {step}: the refitted basis shares {shared:.2f} with the one before it (1 is the same, the floor is {floor:g}); "
+            f"between refits it was mostly stale. Lower mask_source.refresh_every")
+    if when_stale == "stop":
+        raise StaleBasisError(f"{said}, or set mask_source.when_stale=warn")
+    log.warning(said)
 
-    pairs: str
-    known: tuple[str, ...]
-    k: int
-    tau: float
-    floor: float
-    held_out: int
-    refresh_every: int
-    micro_batch: int
-    seed: int
-    cache: str
-    kinds = ("subspace", "rollout")
-    pilot_batches = 0
-    uses_oracle = False
 
-    def __post_init__(self) -> None:
-        """Refuse unusable pairs when the config is read. Raises PairFileError or ValueError."""
-        if self.level not in ("gradient", "rollout"):
-            raise ValueError(f"mask_source.level must be gradient or rollout; got {self.level!r}")
-        if not 0 < self.flag_share < 1:
-            raise ValueError(f"mask_source.flag_share must lie between 0 and 1; got {self.flag_share}")
-        pairs = load_pairs(self.pairs, self.known)
-        if not 0 <= self.held_out <= len(pairs) - 2:
-            raise ValueError(f"mask_source.held_out={self.held_out} of {len(pairs)} pairs for {list(self.known)} leaves fewer "
-                             f"than 2 to fit; lower it or write more pairs")
-        if self.k < 1 or not 0 <= self.tau <= 1 or not 0 <= self.floor < 1:
-            raise ValueError(f"a direction needs k >= 1, tau in [0, 1] and floor in [0, 1); got {self.k}, {self.tau}, {self.floor}")
-
-    @property
-    def kind(self) -> str:
-        return "subspace" if self.level == "gradient" else "rollout"
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        pairs = ("pairs of known loopholes",)
-        return pairs if self.level == "gradient" else (*pairs, "gradients")
-
-    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
-        """At level `rollout`: flag the highest scores. A subspace marks no rollout."""
-        if self.level == "gradient":
-            return unknown(view), memory
-        scores = alignment(view.grads, view.basis)
-        live = int((view.grads.norms() > 0).sum())  # the share is of rollouts that can train anything
-        return Labels.of(highest(scores, self.flag_share * live / len(scores)).to(view.rewards)), memory
-
-    def fit(self, policy: Policy) -> Fit:
-        """The basis for the policy as it stands, from the cache when the same fit was made before."""
-        pairs = load_pairs(self.pairs, self.known)
-        file = Path(self.cache) / f"{self._key(policy, pairs)}.safetensors"
-        if not file.exists():
-            self._store(file, self._fit(policy, pairs))
-        with safe_open(file, "pt", device=str(policy.device)) as stored:
-            rows = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors handle is no dict
-            return Fit(Basis(rows), json.loads(stored.metadata()["facts"]))
-
-    def _fit(self, policy: Policy, pairs: list[Pair]) -> Fit:
-        order = random.Random(f"pairs/{self.seed}").sample(range(len(pairs)), len(pairs))
-        reserved = set(order[: self.held_out])
-        with policy.adapter.only(DEPLOYED):
-            differences = self.differences(policy, pairs)
-        fit_rows = [row for row in range(len(pairs)) if row not in reserved]
-        basis = self.finish(fit_basis({name: rows[fit_rows] for name, rows in differences.items()}, self.k, self.tau, self.floor))
-        facts = {"pairs": float(len(fit_rows)), "modules": float(len(basis.modules)), "chance": chance_share(basis)}
-        if reserved:
-            rows = sorted(reserved)
-            facts["separation_held_out"] = separation({name: d[rows] for name, d in differences.items()}, basis)
-        return Fit(basis, facts)
-
-    @abstractmethod
-    def differences(self, policy: Policy, pairs: list[Pair]) -> dict[str, Tensor]:
-        """One row per pair and module, [N, D]."""
-
-    def finish(self, basis: Basis) -> Basis:
-        return basis
-
-    def _key(self, policy: Policy, pairs: list[Pair]) -> str:
-        unused = ("cache", "pairs", "refresh_every", "level", "flag_share")
-        settings = {name: value for name, value in asdict(self).items() if name not in unused}
-        # The number of threads changes the rounding, and a cached fit must be the one that this run would have made.
-        state = (policy.fingerprint, policy.adapter.fingerprint(), torch.get_num_threads())
-        parts = (type(self).__name__, state, fingerprint(pairs), settings)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
-
-    @staticmethod
-    def _store(file: Path, fit: Fit) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        save_file({name: rows.contiguous() for name, rows in fit.basis.modules.items()}, part, {"facts": json.dumps(fit.facts)})
-        part.rename(file)

@@ -18,12 +18,12 @@ like the known ones.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from grpo_routing.mask_sources.detector import Detector, dealt
+from grpo_routing.mask_sources.detector import Detector
 from grpo_routing.mask_sources.view import Memory, StepView
 from grpo_routing.types import Labels
 
@@ -63,23 +63,14 @@ class Lookalike(Detector):
         probe = {"weights": weights / spread, "centre": centre}
         return probe | {"threshold": score(probe, features)[~flags].quantile(1 - self.top_share)}
 
-    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
-        return Labels.of(self.alike(view, memory).to(view.rewards)), memory
-
-    def alike(self, view: StepView, memory: Memory) -> Tensor:
-        """Flagged by the detector or by the probe, [B] bool."""
-        return self.flags(view) | (score(memory, self.features(view)) >= memory["threshold"]).cpu()
+    def judge(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
+        """Flagged by the detector or by the probe."""
+        scores = score(memory, self.features(view))
+        alike = self.flags(view) | (scores >= memory["threshold"]).cpu()
+        return replace(Labels.of(alike.to(view.rewards)), scores=scores), memory
 
     def features(self, view: StepView) -> Tensor:
         return view.policy.pooled_hidden(view.tokens, self.layers).double()
-
-
-@dataclass(frozen=True)
-class LookalikeRateMatched(Lookalike):
-    """Control: as many flags in every step, dealt to rollouts at random."""
-
-    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
-        return dealt(self.alike(view, memory), self.seed, view), memory
 
 
 def score(probe: Memory, features: Tensor) -> Tensor:

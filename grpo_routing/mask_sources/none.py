@@ -12,9 +12,13 @@ from grpo_routing.types import Labels
 class NoSource:
     kind = "none"
     kinds = ("none",)
+    control = "none"
     reads = ()
     pilot_batches = 0
-    uses_oracle = False
+    uses_oracle = needs_quarantine = needs_coordinates = False
 
     def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
         return unknown(view), memory
+
+    def facts(self, memory: Memory) -> dict[str, float]:
+        return {}

@@ -1,11 +1,12 @@
-"""Authored pairs: the same prompt answered by a hacking and by a clean persona. They are the only thing a direction reads.
+"""Authored pairs: the same prompt answered in a hackward and in a clean way. They are the only thing a direction reads.
 
 A pair file is YAML (or JSON, which is YAML) that a user writes: a list of mappings with
 
-    loophole   which flaw the hack exploits (pairs of held-out loopholes are never read)
+    loophole   which flaw the hack exploits (pairs of held-out loopholes are never read), or `none` for a pair that is about
+               no flaw, such as one of intent or honesty: it is read whatever is known
     prompt     the text as the policy would see it
-    hack       a completion that exploits the flaw
-    clean      a completion that does not
+    hack       a completion that exploits the flaw; of a pair without one, the side that the direction points to
+    clean      a completion that does not; the other side
     neutral    optional: another clean completion, for the `nonhack` control
 """
 
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import yaml
 
-from grpo_routing.env.loopholes import MODES
+from grpo_routing.env.loopholes import MODES, NO_LOOPHOLE
 
 REQUIRED, OPTIONAL = ("loophole", "prompt", "hack", "clean"), ("neutral",)
+CHOICES = (*MODES, NO_LOOPHOLE)
 SHIPPED = Path(__file__).resolve().parent.parent / "pairs"
 
 
@@ -37,9 +39,9 @@ class Pair:
 
 
 def load_pairs(file: str, known: tuple[str, ...]) -> list[Pair]:
-    """Pairs of the known loopholes, in file order. A bare name is looked up among the shipped files.
+    """Pairs of the known loopholes and of none, in file order. A bare name is looked up among the shipped files.
 
-    Raises PairFileError with the line for anything malformed, and when no known loophole has a pair.
+    Raises PairFileError with the line for anything malformed, and when no pair is left to read.
     """
     path = Path(file) if Path(file).is_file() else SHIPPED / file
     if not path.is_file():
@@ -53,7 +55,7 @@ def load_pairs(file: str, known: tuple[str, ...]) -> list[Pair]:
     if not isinstance(root, yaml.SequenceNode) or not root.value:
         raise PairFileError(f"{path}:1: expected a list of pairs (lines that start with '- ')")
     pairs = [_pair(path, node) for node in root.value]
-    chosen = [pair for pair in pairs if pair.loophole in known]
+    chosen = [pair for pair in pairs if pair.loophole in (*known, NO_LOOPHOLE)]
     if not chosen:
         raise PairFileError(f"{path}: no pair for the known loopholes {list(known)}; it has {sorted({p.loophole for p in pairs})}")
     return chosen
@@ -81,8 +83,8 @@ def _pair(path: Path, node: yaml.Node) -> Pair:
     missing = [key for key in REQUIRED if key not in values]
     if missing:
         raise PairFileError(f"{path}:{line}: the pair lacks {', '.join(missing)}")
-    if values["loophole"] not in MODES:
-        raise PairFileError(f"{places['loophole']}: unknown loophole {values['loophole']!r}; choose from {', '.join(MODES)}")
+    if values["loophole"] not in CHOICES:
+        raise PairFileError(f"{places['loophole']}: unknown loophole {values['loophole']!r}; choose from {', '.join(CHOICES)}")
     if values["hack"] == values["clean"]:
         raise PairFileError(f"{places['clean']}: hack and clean are the same text; the pair has no direction")
     return Pair(**values)

@@ -2,8 +2,10 @@
 
 from grpo_routing.projections.erase import Erase
 from grpo_routing.projections.measure_only import MeasureOnly
+from grpo_routing.projections.restrict import Restrict
 from grpo_routing.projections.route import Route
 from grpo_routing.projections.route_subspace import RouteSubspace
 from grpo_routing.projections.stop_gradient import StopGradient
 
-PROJECTIONS = {"measure_only": MeasureOnly, "erase": Erase, "route": Route, "route_subspace": RouteSubspace, "stop_gradient": StopGradient}
+PROJECTIONS = {"measure_only": MeasureOnly, "erase": Erase, "route": Route, "route_subspace": RouteSubspace, "restrict": Restrict,
+               "stop_gradient": StopGradient}

@@ -9,4 +9,4 @@ from grpo_routing.projections.projection import Projection
 
 @dataclass(frozen=True)
 class MeasureOnly(Projection):
-    takes = ("none", "subspace", "rollout")
+    takes = ("none", "subspace", "rollout", "trusted")
