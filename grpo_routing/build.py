@@ -167,16 +167,17 @@ def impossible(parts: dict[str, Any], uses_oracle: bool) -> list[str]:
         "optimizer.floor=true and optimizer.max_step above 0":
             getattr(projection, "strength", 0) > 1 and not (advantage.two_streams and getattr(optimizer, "floor", False)
                                                             and getattr(optimizer, "max_step", 0) > 0),
-        f"mask_source={origin} reads the truth, which no arm may do unawares; set uses_oracle=true, which stamps the run, or choose another "
-        f"mask source": source.uses_oracle and not uses_oracle,
+        f"mask_source={origin} reads the truth, which no arm may do unawares; set uses_oracle=true, which stamps the run, or choose "
+        f"another mask source": source.uses_oracle and not uses_oracle,
         "uses_oracle=true stamps a run that reads the truth, and nothing here does; leave it out": uses_oracle and not source.uses_oracle,
         f"mask_source={origin} reads the quarantine block; adapter={_name(ADAPTERS, adapter)} has none as configured. Set "
         f"adapter.quarantine_rank (lora) or adapter.quarantine_width (mlp), or choose adapter=svd with adapter.axes=disjoint":
             source.needs_quarantine and not quarantine,
-        f"mask_source={origin} reads activations in the adapter's own coordinates, and adapter={_name(ADAPTERS, adapter)} has none; choose "
-        f"adapter=lora or svd, or mask_source.place=residual": source.needs_coordinates and not getattr(adapter, "has_coordinates", False),
-        f"mask_source={origin} finds directions for the B of a LoRA; choose adapter=lora with adapter.gate=false": source.kind == "trusted" and (
-            _name(ADAPTERS, adapter) != "lora" or adapter.gate),
+        f"mask_source={origin} reads activations in the adapter's own coordinates, and adapter={_name(ADAPTERS, adapter)} has none; "
+        f"choose adapter=lora or svd, or mask_source.place=residual":
+            source.needs_coordinates and not getattr(adapter, "has_coordinates", False),
+        f"mask_source={origin} finds directions for the B of a LoRA; choose adapter=lora with adapter.gate=false":
+            source.kind == "trusted" and (_name(ADAPTERS, adapter) != "lora" or adapter.gate),
         f"mask_source={origin} would know the held-out loopholes {held_out_known(parts)}; no detector of them may reach training. "
         f"Leave mask_source.known at ${{loophole.known}}": bool(held_out_known(parts)),
         "extra_rollouts=anchor samples with the quarantine off, and this adapter has none; its anchors would be ordinary groups. "

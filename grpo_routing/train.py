@@ -61,7 +61,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "prompts_per_step": 1, "group": 2, "max_new_tokens": 1, "inner_steps": 1, "micro_batch": 1,
-                 "prompts_per_forward": 1, "checkpoint_every": 1, "checkpoints_kept": 0, "sampled_rollouts": 0, "audit_every": 1, "threads": 0}
+                 "prompts_per_forward": 1, "checkpoint_every": 1, "checkpoints_kept": 0,
+                 "sampled_rollouts": 0, "audit_every": 1, "threads": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"trainer.{name} must be at least {low}; got {getattr(self, name)}")
@@ -149,7 +150,8 @@ def train_step(line: Line, state: State) -> dict[str, float]:
             | measure_subspace(line, state, rollouts, first, update, final))
 
 
-def measure_subspace(line: Line, state: State, rollouts: list[Rollout], first: GradientResult, update: Update, final: Update) -> dict[str, float]:
+def measure_subspace(line: Line, state: State, rollouts: list[Rollout], first: GradientResult, update: Update,
+                     final: Update) -> dict[str, float]:
     """What the step has to do with the subspace that a source of such a kind gave."""
     if state.fit is None:
         return {}

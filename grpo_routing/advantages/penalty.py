@@ -14,6 +14,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Penalty:
     penalty: float  # P, in units of reward
+    reads_flags = True
     two_streams = False
     flat_is_zero = False  # flags make a difference where rewards do not
 

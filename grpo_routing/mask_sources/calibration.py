@@ -71,7 +71,7 @@ class Calibration:
         else:
             cut, low, memory = self._levels(scores, view.step, memory)
             trusted = scores < low
-            flags = (scores > cut).double() if not self.softness else torch.sigmoid((scores - cut) / (self.softness * spread).clamp_min(1e-12))
+            flags = self._soft(scores, cut, spread) if self.softness else (scores > cut).double()
         flags = torch.where(trusted | ~scores.isfinite(), 0.0, flags)
         return Labels(flags.to(view.rewards), trusted & (flags == 0), scores), memory
 
@@ -79,6 +79,9 @@ class Calibration:
         if not self.softness or not bool(chosen.any()) or bool((chosen | ~scores.isfinite()).all()):
             return chosen.double()
         cut = (scores[chosen].min() + scores[~chosen & scores.isfinite()].max()) / 2
+        return self._soft(scores, cut, spread)
+
+    def _soft(self, scores: Tensor, cut: Tensor, spread: Tensor) -> Tensor:
         return torch.sigmoid((scores - cut) / (self.softness * spread).clamp_min(1e-12))
 
     def _levels(self, scores: Tensor, step: int, memory: Memory) -> tuple[Tensor, Tensor, Memory]:

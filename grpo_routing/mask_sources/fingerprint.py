@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ def changing_layers(policy: Policy, texts: list[tuple[str, str]], count: int) ->
 def similarity(states: tuple[Tensor, ...], tokens: TokenBatch) -> Tensor:
     """Mean over samples of the mean over completion tokens of cos(H_{l-1}, H_l), [layers]."""
     share = tokens.completion_mask / tokens.completion_mask.sum(1, keepdim=True)
-    cosines = [torch.nn.functional.cosine_similarity(low[:, 1:], high[:, 1:], dim=-1) for low, high in zip(states, states[1:])]
+    cosines = [torch.nn.functional.cosine_similarity(low[:, 1:], high[:, 1:], dim=-1) for low, high in pairwise(states)]
     return torch.stack([(cosine * share).sum(1).mean() for cosine in cosines])
 
 

@@ -46,7 +46,8 @@ class PairSource(ScoreSource):
                              f"{self.refresh_every}, {self.overlap_floor} and {self.when_stale!r}")
         bare = [number for number, pair in enumerate(pairs, 1) if not pair.neutral]
         if self.control == "nonhack" and bare:
-            raise PairFileError(f"mask_source.control=nonhack needs a `neutral` completion in every pair; {self.pairs} lacks it in pairs {bare}")
+            raise PairFileError(f"mask_source.control=nonhack needs a `neutral` completion in every pair; {self.pairs} lacks it in "
+                                f"pairs {bare}")
 
     def load(self) -> list[Pair]:
         return load_pairs(self.pairs, self.known)
@@ -57,7 +58,8 @@ class PairSource(ScoreSource):
         return {"overlap": torch.as_tensor(shared)}
 
     def facts(self, memory: Memory) -> dict[str, float]:
-        return {name: float(memory[key]) for name, key in (("fit_overlap", "overlap"), ("separation_held_out", "separation")) if key in memory}
+        said = {"fit_overlap": "overlap", "separation_held_out": "separation"}
+        return {name: float(memory[key]) for name, key in said.items() if key in memory}
 
     @property
     def first(self) -> str:

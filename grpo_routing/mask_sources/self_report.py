@@ -28,7 +28,8 @@ class SelfReport(ScoreSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.question or not self.affirmed or not self.denied or self.affirmed == self.denied:
-            raise ValueError(f"self_report needs a question and two different answers; got {self.question!r}, {self.affirmed!r}, {self.denied!r}")
+            raise ValueError(f"self_report needs a question and two different answers; got {self.question!r}, {self.affirmed!r} and "
+                             f"{self.denied!r}")
 
     def score(self, view: StepView, memory: Memory) -> tuple[Tensor, Memory]:
         return self._answered(view, self.affirmed) - self._answered(view, self.denied), memory

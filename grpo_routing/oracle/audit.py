@@ -18,8 +18,9 @@ class Audit:
     """Writes audit.jsonl (rates of a step), rollouts.jsonl (a few rollouts with their verdicts) and, where labels mean something,
     scores.jsonl (score, flag and verdict of every judged rollout, for histograms).
 
-    `every` n judges each n-th rollout of a step, another n-th every step; `kind` is that of the mask source: the quality of labels, or
-    of a subspace's scores, is measured against the verdicts (quality.py). `latest` is for the screen; `train.py` holds this object as a callable that returns None.
+    `every` n judges each n-th rollout of a step, another n-th every step; `kind` is that of the mask source: the quality of
+    labels, or of a subspace's scores, is measured against the verdicts (quality.py). `latest` is for the screen;
+    `train.py` holds this object as a callable that returns None.
     """
 
     def __init__(self, oracle: Oracle, folder: Path, known: tuple[str, ...], held_out: tuple[str, ...],

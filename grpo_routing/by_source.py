@@ -1,0 +1,176 @@
+"""Mask sources beside their controls, every loophole held out in turn: `python -m grpo_routing.by_source outputs/sources`.
+
+A row is an arm, a column a held-out loophole: held-out hack / known hack / solve as deployed, mean over seeds. A source that was told
+nothing about loopholes trains the same run whichever is called held out, so its runs stand in every column, read by mode.
+Below stand the differences to the control that a source has in the folder, paired by seed: mean and 95 % t-interval over seeds, and over
+all columns together with a seed's columns averaged first, since they share the seed. `--csv FILE` writes one line per run,
+state and held-out loophole; `--figure FILE` draws solve against held-out hack, every seed a dot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import fmean, stdev
+
+from scipy.stats import t as student
+
+from grpo_routing.files import write_atomic
+from grpo_routing.results import BASE, DEPLOYED, STATES, TRAINED, ReportError, Run, read_runs
+
+RATES = ("held_out", "known", "solve", "format")
+COLUMNS = ("arm", "source", "control", "pairs", "told", "held_out_loophole", "seed", "state", *RATES, "run", "code")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run seen with one loophole held out."""
+
+    arm: str
+    source: str
+    control: str
+    pairs: str
+    told: bool
+    loophole: str
+    seed: int
+    rates: dict[str, dict[str, float]]  # state -> RATES
+    run: str
+    code: str
+
+    @property
+    def row(self) -> tuple[str, str]:
+        """What the runs of one row share, without their control, and the control."""
+        name = self.arm.removesuffix(f"_{self.control}")
+        return f"{name} {self.pairs.removesuffix('.yaml')}" if self.pairs not in ("", "prog.yaml") else name, self.control
+
+
+def cells_of(run: Run) -> list[Cell]:
+    """A run in every column that it belongs to."""
+    source, modes = run.config["mask_source"], run.config["loophole"]
+    told = bool(told_of(source))
+    everything = [*modes["known"], *modes["held_out"]]
+    found = []
+    for loophole in modes["held_out"] if told else everything:
+        rates = {}
+        for state in STATES:
+            by_mode = {mode: run.rate(state, f"hack_{mode}") for mode in everything}
+            rates[state] = {"held_out": by_mode[loophole], "known": fmean(by_mode[mode] for mode in everything if mode != loophole),
+                            "solve": run.rate(state, "solve"), "format": run.rate(state, "format")}
+        found.append(Cell(run.config["arm_name"], source["name"], source.get("control", "none"), source.get("pairs", ""), told, loophole,
+                          run.config["seed"], rates, run.name, run.code))
+    return found
+
+
+def told_of(source: dict) -> list[str]:
+    """Loopholes that a source, or a part of it, was told about."""
+    inner = [told_of(part) for part in source.values() if isinstance(part, dict) and "name" in part]
+    return [*source.get("known", ()), *(mode for part in inner for mode in part)]
+
+
+def interval(differences: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % t-interval; the interval of a single number is infinite."""
+    middle = fmean(differences)
+    if len(differences) < 2:
+        return middle, -math.inf, math.inf
+    half = float(student.ppf(0.975, len(differences) - 1)) * stdev(differences) / math.sqrt(len(differences))
+    return middle, middle - half, middle + half
+
+
+def paired(treated: list[Cell], control: list[Cell], rate: str) -> list[float]:
+    """Differences as deployed, one per seed that both have, over the loopholes that both have."""
+    other = {(cell.loophole, cell.seed): cell for cell in control}
+    by_seed = defaultdict(list)
+    for cell in treated:
+        if (cell.loophole, cell.seed) in other:
+            by_seed[cell.seed].append(cell.rates[DEPLOYED][rate] - other[cell.loophole, cell.seed].rates[DEPLOYED][rate])
+    return [fmean(values) for _, values in sorted(by_seed.items())]
+
+
+def page(cells: list[Cell]) -> list[str]:
+    """Markdown lines."""
+    loopholes = sorted({cell.loophole for cell in cells})
+    rows: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        rows[cell.row].append(cell)
+    lines = ["| arm, as deployed | control | " + " | ".join(loopholes) + " |", "|---|---|" + "---|" * len(loopholes)]
+    lines.append("| *untrained base* | | " + " | ".join(said([c for c in cells if c.loophole == mode], BASE) for mode in loopholes) + " |")
+    for (name, control), own in sorted(rows.items(), key=lambda item: (item[0][0], item[0][1] != "none", item[0][1])):
+        texts = [said([cell for cell in own if cell.loophole == mode], DEPLOYED) for mode in loopholes]
+        lines.append(f"| `{name}` | {'' if control == 'none' else control} | " + " | ".join(texts) + " |")
+    lines += ["", "| treatment minus control | control | rate | " + " | ".join(loopholes) + " | all |",
+              "|---|---|---|" + "---|" * (len(loopholes) + 1)]
+    for (name, control), own in sorted(rows.items()):
+        if control == "none" or not rows.get((name, "none")):
+            continue
+        for rate in ("held_out", "known", "solve"):
+            texts = []
+            for mode in (*loopholes, None):
+                treated, against = ([cell for cell in part if mode in (None, cell.loophole)] for part in (rows[name, "none"], own))
+                texts.append(difference(paired(treated, against, rate)))
+            lines.append(f"| `{name}` | {control} | {rate.replace('_', '-')} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def difference(values: list[float]) -> str:
+    if not values:
+        return "–"
+    middle, low, high = interval(values)
+    return f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]" if len(values) > 1 else f"{middle:+.2f} (n=1)"
+
+
+def said(cells: list[Cell], state: str) -> str:
+    if not cells:
+        return "–"
+    middle = " / ".join(f"{fmean(cell.rates[state][rate] for cell in cells):.2f}" for rate in ("held_out", "known", "solve"))
+    return middle if state == BASE or len(cells) == 5 else f"{middle} <sub>n={len(cells)}</sub>"
+
+
+def table(cells: list[Cell]) -> str:
+    """CSV of COLUMNS; the base only once, it is the same for all."""
+    screen = StringIO()
+    writer = csv.writer(screen, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    seen = set()
+    for cell in sorted(cells, key=lambda c: (c.row, c.loophole, c.seed)):
+        for state in (TRAINED, DEPLOYED) if cell.loophole in seen else STATES:
+            rates = [f"{cell.rates[state][rate]:.4f}" for rate in RATES]
+            writer.writerow([cell.arm, cell.source, cell.control, cell.pairs, int(cell.told), cell.loophole, cell.seed, state, *rates,
+                             cell.run, cell.code])
+        seen.add(cell.loophole)
+    return screen.getvalue()
+
+
+def main(argv: list[str]) -> int:
+    """Print the tables; the exit status is 2 when the folder cannot be reported."""
+    parser = argparse.ArgumentParser(prog="python -m grpo_routing.by_source", description=__doc__.split("\n")[0])
+    parser.add_argument("experiment", type=Path, nargs="+", help="outputs/<experiment>, which holds runs/; several are put together")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--figure", type=Path, help="PNG or PDF")
+    asked = parser.parse_args(argv)
+    try:
+        runs = [run for folder in asked.experiment for run in read_runs(folder) if run.evaluations.keys() >= set(STATES)]
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 2
+    cells = [cell for run in runs for cell in cells_of(run)]
+    if not cells:
+        print(f"no finished run in {', '.join(map(str, asked.experiment))}", file=sys.stderr)
+        return 2
+    if asked.csv:
+        write_atomic(asked.csv, table(cells).encode())
+    if asked.figure:
+        from grpo_routing.source_figure import draw
+
+        draw(cells, asked.figure)
+    print("\n".join(page(cells)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

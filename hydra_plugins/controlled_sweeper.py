@@ -1,0 +1,87 @@
+"""`-m`: Hydra's product of choices, planned before the first run and with a negative control beside every treatment.
+
+Every run is composed and checked first, so a config that cannot be run ends a sweep before it has begun, with all problems at once.
+A run whose mask source acts on training and that is no control is a treatment; `controls` says what a sweep does that lacks the
+control of one (`mask_source.control`, the source's `default_control`):
+
+    add      runs it too: the same overrides and that word (default)
+    refuse   ends with the list of what is missing
+    none     runs what was asked for
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+
+from grpo_routing.build import ConfigError, Plan, plan
+
+log = logging.getLogger("grpo_routing")
+CHOICES = ("add", "refuse", "none")
+NAMES = ("arm_name", "experiment_name", "output", "cache", "logger")  # what two runs of one recipe may differ in
+
+
+class ControlledSweeper(BasicSweeper):
+    def __init__(self, max_batch_size: int | None, controls: str, params: dict | None = None) -> None:
+        super().__init__(max_batch_size, params)
+        if controls not in CHOICES:
+            raise HydraException(f"hydra.sweeper.controls must be one of {', '.join(CHOICES)}; got {controls!r}")
+        self.controls = controls
+
+    def split_arguments(self, overrides: list, max_batch_size: int | None) -> list[list[list[str]]]:
+        """The jobs of the sweep, its controls included. Raises HydraException with everything that is wrong or missing."""
+        jobs = [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
+        planned = self._planned(jobs)
+        there, missing = {recipe(config) for _, config in planned}, {}
+        for job, config in planned:
+            if wanted := control_of(plan(config)):
+                word = f"mask_source.control={wanted}"
+                control = config | {"mask_source": config["mask_source"] | {"control": wanted}}
+                if recipe(control) not in there:
+                    missing[recipe(control)] = [*job, word]
+        if missing and self.controls == "refuse":
+            said = "\n".join(" ".join(job) for job in missing.values())
+            raise HydraException(f"the sweep lacks {len(missing)} controls; add them, or set hydra.sweeper.controls=add or none:\n{said}")
+        if missing and self.controls == "add":
+            log.info("adding %d controls to %d runs (hydra.sweeper.controls=none leaves them out)", len(missing), len(jobs))
+            jobs += missing.values()
+        return list(self.split_overrides_to_chunks(jobs, max_batch_size))
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Nothing: the whole sweep was planned already."""
+
+    def _planned(self, jobs: list[list[str]]) -> list[tuple[list[str], dict]]:
+        """Every job with its resolved config. Raises HydraException with what cannot be run."""
+        found, problems = [], []
+        for job in jobs:
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
+            with open_dict(composed):
+                del composed["hydra"]
+            config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            try:
+                plan(config)
+            except ConfigError as error:
+                problems.append(f"{' '.join(job)}: {error}")
+            found.append((job, config))
+        if problems:
+            raise HydraException("the sweep was refused before its first run:\n" + "\n".join(problems))
+        return found
+
+
+def control_of(ready: Plan) -> str | None:
+    """The control that a run needs beside it; None for one that is no treatment, or a control, or stamped as cheating."""
+    source, projection = ready.mask_source, ready.projection
+    acts = type(projection).__name__ != "MeasureOnly" or ready.advantage.reads_flags or ready.extra_rollouts.groups
+    if source.kind == "none" or source.control != "none" or source.uses_oracle or not acts:
+        return None
+    return source.default_control
+
+
+def recipe(config: dict) -> str:
+    """Everything that decides what a run computes, as text."""
+    return json.dumps({key: value for key, value in config.items() if key not in NAMES}, sort_keys=True)
