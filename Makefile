@@ -35,6 +35,12 @@ routing: $(VENV)/ready  ## rollout-level routing under an imperfect detector: hu
 	$(PYTHON) -m grpo_routing.by_recall outputs/routing
 	$(PYTHON) -m grpo_routing.report outputs/routing > outputs/routing/report.txt
 
+sources: $(VENV)/ready  ## routing by every mask source and its controls, and by every pair set: hours; it resumes
+	for part in sources sources_untold sources_controls sources_arms pairsets; do $(PYTHON) -m grpo_routing -m experiment=$$part || exit 1; done
+	$(PYTHON) -m grpo_routing.by_source outputs/sources --figure outputs/sources/figures/sources
+	$(PYTHON) -m grpo_routing.diagnosis outputs/sources
+	$(PYTHON) -m grpo_routing.by_source outputs/pairsets
+
 check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the organism's ten-seed check (half an hour)
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
@@ -50,4 +56,4 @@ bench-gradient: $(VENV)/ready  ## batched per-rollout gradients against one back
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow smoke routing check bench bench-grader bench-gradient lint
+.PHONY: help setup run test test-slow smoke routing sources check bench bench-grader bench-gradient lint

@@ -8,10 +8,12 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from grpo_routing.results import BASE, CONTROLS, DEPLOYED, TRAINED, ReportError, Run, mean
+from grpo_routing.results import BASE, DEPLOYED, RESTRICTED, TRAINED, ReportError, Run, mean
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
-SHORT = {f"mask_source.{key}": key for key in ("recall", "false_positive", "noise")}  # keys that need no group in a label
+# keys that need no group in a label
+SHORT = {f"mask_source.{key}": key for key in ("recall", "false_positive", "noise", "control", "pairs")}
+UNSAID = ("mask_source.control", "none")  # a label without the word says so
 SPREAD = ("mask_source.recall",)  # named in every label once two arms of the experiment differ in it
 
 
@@ -109,16 +111,17 @@ def group(runs: list[Run]) -> list[Arm]:
         flat = [json.loads(key) for key in keys]
         differing = {k for one in flat for k in one if any(k not in other or other[k] != one[k] for other in flat)}
         for key, one in zip(keys, flat):
-            told = [f"{SHORT.get(k, k)}={one[k]}" for k in sorted(differing | spread) if k in one]
+            told = [f"{SHORT.get(k, k)}={one[k]}" for k in sorted(differing | spread) if k in one and (k, one[k]) != UNSAID]
             arms.append(Arm(" ".join([name, *told]), tuple(recipes[key])))
     return sorted(arms, key=place)
 
 
 def place(arm: Arm) -> tuple:
-    """Where an arm stands in the table. A control of a method's mask source follows the method, because its name begins with
-    the method's; other controls come after all methods. Numbers in a label are sorted as numbers."""
+    """Where an arm stands in the table. A control of a method's mask source or projection follows the method, because its name
+    begins with the method's; other controls come after all methods. Numbers in a label are sorted as numbers."""
     run, (name, *rest) = arm.runs[0], arm.label.split(" ")
-    order = {"vanilla": 0, "method": 1, "control": 1 if run.control in CONTROLS else 2, "imitation": 3, "reference": 4}
+    beside = run.control in (run.mask_control, *RESTRICTED.values())
+    order = {"vanilla": 0, "method": 1, "control": 1 if beside else 2, "imitation": 3, "reference": 4}
     parts = re.split(r"(\d+(?:\.\d+)?)", " ".join(rest))  # words and numbers by turns
     return run.uses_oracle, arm.block, order[arm.role], name, [float(part) if at % 2 else part for at, part in enumerate(parts)]
 
@@ -126,11 +129,13 @@ def place(arm: Arm) -> tuple:
 def recipe(config: dict) -> dict[str, object]:
     """The config, flat, without seeds and places: what the seeds of one arm share. The seeds of the model, the data
     and the evaluation stay, since another one is another experiment and no repetition."""
-    flat = {}
-    for key, node in config.items():
-        if isinstance(node, dict):
-            gone = {"cache"} if key in ("model", "dataset", "evaluation") else {"cache", "seed"}
-            flat |= {f"{key}.{name}": value for name, value in node.items() if name not in gone and key != "logger"}
-        elif key not in ("seed", "output", "cache", "experiment_name"):
-            flat[key] = node
-    return flat
+    found = {key: node for key, node in config.items() if key not in ("seed", "output", "cache", "experiment_name", "logger")}
+    return {place: value for key, node in found.items() for place, value in flattened(key, node).items()}
+
+
+def flattened(place: str, node: object) -> dict[str, object]:
+    """Dotted name -> value, also of a group within a group, such as a source of a composed mask source."""
+    if not isinstance(node, dict):
+        return {place: node}
+    gone = {"cache"} if place in ("model", "dataset", "evaluation") else {"cache", "seed"}
+    return {inner: value for name, own in node.items() if name not in gone for inner, value in flattened(f"{place}.{name}", own).items()}

@@ -17,7 +17,7 @@ from grpo_routing.files import write_atomic
 from grpo_routing.results import BASE, DEPLOYED, STATES, TRAINED, ReportError, Run, mean, read_runs
 
 SHOWN = ("hack_known", "hack_held_out", "solve")
-COLUMNS = ("arm", "loophole", "recall", "seed", "state", "hack_known", "hack_held_out", "solve", "format", "no_hint_solve",
+COLUMNS = ("arm", "loophole", "control", "recall", "seed", "state", "hack_known", "hack_held_out", "solve", "format", "no_hint_solve",
            "no_hint_exploited", "attempted", "lazy", "run", "code")
 
 
@@ -42,16 +42,19 @@ def recall_of(run: Run) -> float | None:
     return run.config["mask_source"].get("recall")
 
 
-def label(run: Run) -> str:
-    world = run.config["loophole"]["name"]
-    return run.config["arm_name"] + (f" ({world})" if world != "held_out" else "")
+def label(run: Run, runs: list[Run]) -> str:
+    """The arm, its world where it is another one, and the control that a sweep put beside the arm under the same name."""
+    world, name = run.config["loophole"]["name"], run.config["arm_name"]
+    beside = {other.mask_control for other in runs if other.config["arm_name"] == name} != {run.mask_control}
+    control = f" control={run.mask_control}" if beside and run.mask_control != "none" else ""
+    return name + control + (f" ({world})" if world != "held_out" else "")
 
 
 def page(runs: list[Run]) -> list[str]:
     """Markdown lines."""
     cells: dict[str, dict[float | None, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        cells[label(run)][recall_of(run)].append(run)
+        cells[label(run, runs)][recall_of(run)].append(run)
     recalls = sorted({recall for row in cells.values() for recall in row if recall is not None}, reverse=True)
     head = " | ".join(f"recall {recall:g}" for recall in recalls) or "no detector"
     lines = [f"| arm, as deployed | {head} |", "|---|" + "---|" * max(1, len(recalls))]
@@ -79,11 +82,11 @@ def table(runs: list[Run]) -> str:
     screen = StringIO()
     writer = csv.writer(screen, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for run in sorted(runs, key=lambda run: (label(run), recall_of(run) or 0, run.config["seed"])):
+    for run in sorted(runs, key=lambda run: (label(run, runs), recall_of(run) or 0, run.config["seed"])):
         for state in (TRAINED, DEPLOYED) if run.config["seed"] else STATES:
             rates = {name: f"{run.rate(state, name):.4f}" for name in COLUMNS if name in run.evaluations[state].rates}
-            about = {"arm": run.config["arm_name"], "loophole": run.config["loophole"]["name"], "recall": recall_of(run),
-                     "seed": run.config["seed"], "state": state, "run": run.name, "code": run.code}
+            about = {"arm": run.config["arm_name"], "loophole": run.config["loophole"]["name"], "control": run.mask_control,
+                     "recall": recall_of(run), "seed": run.config["seed"], "state": state, "run": run.name, "code": run.code}
             writer.writerow([(about | rates)[name] for name in COLUMNS])
     return screen.getvalue()
 

@@ -1,7 +1,8 @@
 """Mask sources beside their controls, every loophole held out in turn: `python -m grpo_routing.by_source outputs/sources`.
 
 A row is an arm, a column a held-out loophole: held-out hack / known hack / solve as deployed, mean over seeds. A source that was told
-nothing about loopholes trains the same run whichever is called held out, so its runs stand in every column, read by mode.
+nothing about loopholes trains the same run whichever is called held out, so its runs stand in every column, read by mode; so do
+those of a control that keeps only a fixed count.
 Below stand the differences to the control that a source has in the folder, paired by seed: mean and 95 % t-interval over seeds, and over
 all columns together with a seed's columns averaged first, since they share the seed. `--csv FILE` writes one line per run,
 state and held-out loophole; `--figure FILE` draws solve against held-out hack, every seed a dot.
@@ -53,7 +54,7 @@ class Cell:
 def cells_of(run: Run) -> list[Cell]:
     """A run in every column that it belongs to."""
     source, modes = run.config["mask_source"], run.config["loophole"]
-    told = bool(told_of(source))
+    told = bool(told_of(source)) and not counts_only(source)
     everything = [*modes["known"], *modes["held_out"]]
     found = []
     for loophole in modes["held_out"] if told else everything:
@@ -65,6 +66,12 @@ def cells_of(run: Run) -> list[Cell]:
         found.append(Cell(run.config["arm_name"], source["name"], source.get("control", "none"), source.get("pairs", ""), told, loophole,
                           run.config["seed"], rates, run.name, run.code))
     return found
+
+
+def counts_only(source: dict) -> bool:
+    """Whether a control keeps nothing of its source but a count that is the same whatever the source says: then what the source was
+    told cannot reach the run."""
+    return source.get("control") in ("rate_matched", "random") and source.get("calibration", {}).get("rule") in ("quantile", "group")
 
 
 def told_of(source: dict) -> list[str]:

@@ -52,7 +52,8 @@ def load_checkpoint(folder: Path, adapter: Adapter, state: State) -> bool:
     tensors, facts = load_file(place / "state.safetensors"), json.loads((place / "state.json").read_text())
 
     def part(prefix: str) -> dict:
-        return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+        # Copies: a tensor that lies in the file unaligned is rounded otherwise than the one that was saved.
+        return {key[len(prefix) :]: value.clone() for key, value in tensors.items() if key.startswith(prefix)}
 
     adapter.load_state(part("adapter/"))
     state.optimizer.load_state(part("optimizer/"))

@@ -206,7 +206,17 @@ MEANING = {  # what a flag says before its colon, or a heading -> what it means
     "reference": "no loophole pays in training and its prompts carry no hint: what honest GRPO reaches.",
     "collapsed": "the tripwire stopped so many of the runs (health.py; the cause is in their status.json and below). They count as they "
                  "stood, because the survivors alone would flatter the arm; in means their curves stand still from there on.",
-    "control": "the same treatment with a direction or labels that know nothing of the hack; the method counts only where it beats this.",
+    "control": "a treatment without what should make it work; the method counts only where it beats this.",
+    "control: random": "the same treatment with random directions, or with random numbers in place of scores.",
+    "control: shuffled": "the same treatment; the texts of the pairs were dealt anew into hacks and clean answers.",
+    "control: nonhack": "the same treatment along a real direction that is not about hacking: one clean answer minus another.",
+    "control: haar": "the same treatment along random directions of the same shape and length.",
+    "control: inverted": "the same treatment turned round: axes with the opposite sign, or flags on the rollouts that look cleanest.",
+    "control: rate_matched": "the same treatment; as many flags in every step, on random rollouts of the step.",
+    "control: permuted": "the same treatment; as many flags in every group, on random rollouts of the group.",
+    "control: prompt_only": "the same treatment; as many flags in every step, on whole groups, those with the most flags first.",
+    "control: norm-matched": "the restricted gradient at the length of the whole one: what its direction does by itself.",
+    "control: shrunk": "the whole gradient at the length of the restricted one: what a smaller step does by itself.",
     "control: mask never fires": "two blocks without labels, one of them deleted: what blocks, anchors and optimizer do by themselves.",
     "control: anchors only": "the deployed block learns from anchors alone, nothing from rollouts of the joint policy.",
     "control: capacity": "vanilla with the size of two blocks in one.",
@@ -219,7 +229,7 @@ MEANING = {  # what a flag says before its colon, or a heading -> what it means
 
 def notes(arms: list[Arm]) -> list[str]:
     """What a reader must know to read the table right; only what applies."""
-    shown = {flag if flag in MEANING else flag.split(":")[0] for arm in arms for flag in (*flags(arm), arm.block)}
+    shown = {words for arm in arms for flag in (*flags(arm), arm.block) for words in (flag, flag.split(":")[0])}
     said = ["Shares of hinted evaluation prompts (format: of all prompts), judged by hidden tests. known / held-out: hacks of "
             "loopholes that a mask source may / must not know. attempted: the lever is in the code. lazy: hacked without looking "
             "at the argument. –: not measured.",

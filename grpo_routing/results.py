@@ -21,8 +21,8 @@ GROUPS = ("adapter", "projection", "mask_source", "advantage", "prompt", "extra_
 FIELDS = ("arm", "seed", "loophole", "state", *RATES, "last5_hack", "last5_solve", "steps", "samples", "samples_known",
           "samples_held_out", "samples_all", "run", "status", "cause", "role", "imitation", "uses_oracle", "same_policy", *GROUPS,
           "pays", "train_family", "evaluation_family", "commit", "code")  # keys of a JSON object, in order
-CONTROLS = ("random", "shuffled", "nonhack", "rate_matched", "rate_matched_lookalike")  # mask sources that know nothing of the hack
-LABELLERS = ("detector", "lookalike", "rate_matched", "rate_matched_lookalike")  # mask sources that mark whole rollouts
+NO_LABELS = ("none", "trusted_subspace")  # mask sources that never mark whole rollouts; others do, but for `level: gradient`
+RESTRICTED = {("restricted", "whole"): "norm-matched", ("whole", "restricted"): "shrunk"}  # (direction, length) of projection=restrict
 LAST = 5  # training steps behind last5_* and behind every point of a training curve
 
 
@@ -124,14 +124,22 @@ class Run:
     def labels(self) -> bool:
         """Whether the mask source marks whole rollouts; its labels reach training through advantage and anchors too."""
         source = self.config["mask_source"]
-        return source["name"] in LABELLERS or ("level" in source and source["level"] == "rollout")
+        return source["name"] not in NO_LABELS and ("level" not in source or source["level"] == "rollout")
+
+    @property
+    def mask_control(self) -> str:
+        """The negative control that stands in for the mask source, or none."""
+        source = self.config["mask_source"]
+        return "none" if source["name"] == "none" else source["control"]
 
     @property
     def control(self) -> str | None:
         """What this control lacks or has instead; None when the run is no control. MEANING in report.py explains each."""
         projection, source = self.config["projection"], self.config["mask_source"]["name"]
-        if source in CONTROLS and (projection["name"] != "measure_only" or self.labels):
-            return source
+        if self.mask_control != "none" and (projection["name"] != "measure_only" or self.labels):
+            return self.mask_control
+        if projection["name"] == "restrict" and (kept := (projection["direction"], projection["length"])) in RESTRICTED:
+            return RESTRICTED[kept]
         if projection["name"] in ("route", "stop_gradient") and source == "none":
             return "mask never fires"
         if "mode" in projection and projection["mode"] == "custom" and projection["clean"][0] == 0:

@@ -182,9 +182,11 @@ def seats(line: Line, step: int) -> list[Seat]:
     return [Seat(STUDENT, scale) for scale in own] + [Seat(ANCHOR, 0.0)] * line.extra_rollouts.groups
 
 
-def view_of(line: Line, step: int, problems: list[Problem], rollouts: list[Rollout], grades: list[Grade], fit: Fit | None) -> StepView:
+def view_of(line: Line, step: int, problems: list[Problem], rollouts: list[Rollout], grades: list[Grade] | None,
+            fit: Fit | None) -> StepView:
+    """What a mask source sees of these rollouts; without grades (a pilot that nobody grades) the rewards are nan."""
     tokens = TokenBatch.of([(r.prompt_ids, r.completion_ids) for r in rollouts], line.policy.pad, line.policy.device)
-    rewards = torch.tensor([grade.reward for grade in grades]).to(line.policy.device)
+    rewards = torch.tensor([grade.reward for grade in grades] if grades else [math.nan] * len(rollouts)).to(line.policy.device)
 
     def ceiling() -> Tensor:
         return line.ceiling([problems[r.group] for r in rollouts], rollouts, grades)
@@ -200,9 +202,10 @@ def pilot(line: Line) -> Memory:
         prompts = [line.prompt(problem) for problem in problems]
         rollouts = sample_rollouts(line.policy, prompts, [t.group] * len(prompts), (line.seed, "pilot", batch), t.max_new_tokens,
                                    t.temperature, t.prompts_per_forward)
-        grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts])
+        reads = line.mask_source.reads
+        grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts]) if "rewards" in reads else None
         view = view_of(line, batch - line.mask_source.pilot_batches, problems, rollouts, grades, None)
-        if "gradients" in line.mask_source.reads:
+        if "gradients" in reads:
             view = replace(view, grads=unit_gradients(line, view, torch.ones_like(view.rewards)).grads[DEPLOYED])
         views.append(view)
     return line.mask_source.prepare(views)

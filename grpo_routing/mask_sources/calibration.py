@@ -67,10 +67,10 @@ class Calibration:
             for rows in view.groups() if self.rule == "group" else [list(range(len(scores)))]:
                 own = scores[rows]
                 flags[rows] = self._sure(own, highest(own, self.share), spread)
-                trusted[rows] = highest(-own, self.trusted_share)
+                trusted[rows] = highest(-own.flip(0), self.trusted_share).flip(0)  # ties from the other end: no rollout is in both shares
         else:
             cut, low, memory = self._levels(scores, view.step, memory)
-            trusted = scores < low
+            trusted = scores.isfinite() & (scores < low)
             flags = self._soft(scores, cut, spread) if self.softness else (scores > cut).double()
         flags = torch.where(trusted | ~scores.isfinite(), 0.0, flags)
         return Labels(flags.to(view.rewards), trusted & (flags == 0), scores), memory
@@ -99,7 +99,7 @@ class Calibration:
 
     def _cuts(self, scores: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weights = torch.ones_like(scores) if weights is None else weights
-        low = weighted_quantile(scores, weights, self.trusted_share) if self.trusted_share else scores.new_tensor(-torch.inf)
+        low = -weighted_quantile(-scores, weights, 1 - self.trusted_share) if self.trusted_share else scores.new_tensor(-torch.inf)
         return weighted_quantile(scores, weights, 1 - self.share), low
 
 

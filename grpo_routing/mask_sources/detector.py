@@ -5,9 +5,10 @@
              iid      each rollout by its own draw (SGTM's undiscovered share; graft.md §6.1.1)
              prompt   one draw per prompt and step: a group is seen or missed as a whole
              counted  exactly that share of every step's flags, the draws decide which (routing.md P25)
+             form     one draw per run for each form of hack, here the set of levers: a form is always seen or never
 
-A correlated blind spot (a whole loophole never flagged) is one that `known` leaves out. Draws are named (run seed, step, group,
-sample), so all arms of a seed that use this detector share its mistakes.
+A correlated blind spot is a loophole that `known` leaves out, or a form that `noise=form` misses. Draws are named (run seed, step,
+group, sample), so all arms of a seed that use this detector share its mistakes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from grpo_routing.mask_sources.view import Memory, StepView
 from grpo_routing.rollout import uniforms
 from grpo_routing.types import Labels
 
-NOISES = ("iid", "prompt", "counted")
+NOISES = ("iid", "prompt", "counted", "form")
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,23 @@ class Detector(MaskSource):
 
     def flags(self, view: StepView) -> Tensor:
         """What the monitor says, [B] bool."""
-        true = torch.tensor([self.sees(rollout.text) for rollout in view.rollouts])
+        true = torch.tensor([bool(self.levers(rollout.text)) for rollout in view.rollouts])
         draws = self.draws(view)
         if self.noise == "counted":
             return thinned(true, draws, self.recall) | thinned(~true, draws, self.false_positive)
         return torch.where(true, draws < self.recall, draws < self.false_positive)
 
-    def sees(self, text: str) -> bool:
+    def levers(self, text: str) -> tuple[str, ...]:
+        """The known loopholes whose levers stand in the code."""
         code = extract_code(text)
-        return code is not None and any(lever_present(mode, code, None) for mode in self.known)
+        return () if code is None else tuple(mode for mode in self.known if lever_present(mode, code, None))
 
     def draws(self, view: StepView) -> Tensor:
-        """One number in [0, 1) per rollout, or per group, [B]."""
-        names = [name[:2] if self.noise == "prompt" else name for name in view.names()]
+        """One number in [0, 1) per rollout, group or form, [B]."""
+        names: list[tuple] = [name[:2] if self.noise == "prompt" else name for name in view.names()]
+        if self.noise == "form":
+            seen = [self.levers(rollout.text) for rollout in view.rollouts]
+            names = [("form", *levers) if levers else name for levers, name in zip(seen, names)]
         return uniforms([("detector", self.seed, *name) for name in names], 1)[:, 0]
 
 

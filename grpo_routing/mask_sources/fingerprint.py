@@ -4,15 +4,16 @@
               lowest mean over tokens of cos(H_{l-1}, H_l)
     f(x)      g M / |g M|, M a fixed matrix of random signs, `sketch` wide: the same M for every sample (T-C1, T-C3)
     clusters  k-means, k = 2, on the fingerprints of the last `window` rollouts
-    name      the cluster that more hacking than clean answers of the authored pairs fall into is the suspicious one: examples of
-              known loopholes are the only label
+    name      the suspicious cluster is the one towards which the hacking answers of the authored pairs lie further than the clean ones,
+              along the line between the centres: examples of known loopholes are the only label. (By nearest centre authored
+              answers mostly fall into one cluster together, which names nothing.)
     score     log odds of the suspicious cluster, S = softmax(-distance^2 / temperature); with `residualise`, minus what log length
               explains of it in the window
 
 Differs from the paper: the live adapter stands in for a fresh one (whose A gets no gradient while B = 0, T-C5), and pairs for an expert
 who labels samples. The released code fingerprints genuine and hacked sets with a projection and an adapter of their own each,
 which alone separates sets without any difference; here everything goes through one. `p` is the share of random namings of
-the pairs (hack and clean swapped at random within pairs) that split them between the clusters as well as the real one.
+the pairs (hack and clean swapped at random within pairs) that tell the clusters apart as well as the real one.
 """
 
 from __future__ import annotations
@@ -160,8 +161,7 @@ def clusters(prints: Tensor, seed: int) -> Tensor:
 
 def named(examples: Tensor, centres: Tensor, seed: int) -> tuple[int, float]:
     """Which cluster is suspicious, and the permutation p of how well the pairs [hack, clean, hack, ...] fall apart."""
-    side = torch.cdist(examples, centres).argmin(1).double()
-    gap = side[0::2] - side[1::2]  # 1: the hack in cluster 1 and the clean answer in cluster 0
+    gap = (examples[0::2] - examples[1::2]) @ (centres[1] - centres[0])  # positive: the hack lies further towards cluster 1
     flips = torch.randint(0, 2, (SHUFFLES, len(gap)), generator=generator_for("permutation", seed)).double() * 2 - 1
     by_chance = (flips @ gap).abs()
     return int(gap.sum() > 0), float(((by_chance >= gap.sum().abs()).sum() + 1) / (SHUFFLES + 1))

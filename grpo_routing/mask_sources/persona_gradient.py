@@ -118,7 +118,8 @@ class PersonaGradient(PairSource):
         if not file.exists():
             self._store(file, self._fit(policy, pairs))
         with safe_open(file, "pt", device=str(policy.device)) as stored:
-            rows = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a safetensors handle is no dict
+            # A copy: where a tensor lies in the file decides how it is rounded, and a checkpoint lays it elsewhere.
+            rows = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118 - a safetensors handle is no dict
             return Fit(Basis(rows), json.loads(stored.metadata()["facts"]))
 
     def _fit(self, policy: Policy, pairs: list[Pair]) -> Fit:
