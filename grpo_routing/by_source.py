@@ -4,7 +4,8 @@ A row is an arm, a column a held-out loophole: held-out hack / known hack / solv
 nothing about loopholes trains the same run whichever is called held out, so its runs stand in every column, read by mode; so do
 those of a control that keeps only a fixed count.
 Below stand the differences to the control that a source has in the folder, paired by seed: mean and 95 % t-interval over seeds, and over
-all columns together with a seed's columns averaged first, since they share the seed. `--csv FILE` writes one line per run,
+all columns together with a seed's columns averaged first, since they share the seed. A last table asks for a match in solve: where in its
+training did the deployed policy of an arm (its anchors) solve most, and how much did it hack there? `--csv FILE` writes one line per run,
 state and held-out loophole; `--figure FILE` draws solve against held-out hack, every seed a dot.
 """
 
@@ -23,7 +24,7 @@ from statistics import fmean, stdev
 from scipy.stats import t as student
 
 from grpo_routing.files import write_atomic
-from grpo_routing.results import BASE, DEPLOYED, STATES, TRAINED, ReportError, Run, read_runs
+from grpo_routing.results import BASE, DEPLOYED, LAST, STATES, TRAINED, ReportError, Run, read_runs
 
 RATES = ("held_out", "known", "solve", "format")
 COLUMNS = ("arm", "source", "control", "pairs", "told", "held_out_loophole", "seed", "state", *RATES, "run", "code")
@@ -54,7 +55,7 @@ class Cell:
 def cells_of(run: Run) -> list[Cell]:
     """A run in every column that it belongs to."""
     source, modes = run.config["mask_source"], run.config["loophole"]
-    told = bool(told_of(source)) and not counts_only(source)
+    told = run.role not in ("vanilla", "reference") and bool(told_of(source)) and not counts_only(source)
     everything = [*modes["known"], *modes["held_out"]]
     found = []
     for loophole in modes["held_out"] if told else everything:
@@ -124,6 +125,22 @@ def page(cells: list[Cell]) -> list[str]:
     return lines
 
 
+def peaks(runs: list[Run]) -> list[str]:
+    """Markdown: per arm with anchors, the highest solve rate that its deployed policy had on training prompts, and its hack rate there,
+    each the mean over the last steps up to it; mean over seeds with the lowest and the highest."""
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
+    for run in runs:
+        if any("audit/solve_off" in row for row in run.audit[:1]):
+            solve, hack = run.series("audit/solve_off"), run.series("audit/hack_off")
+            best = max((step for step in range(LAST, len(solve)) if solve[step] is not None), key=lambda step: solve[step])
+            found[cells_of(run)[0].row].append((solve[best], hack[best], best))
+    lines = ["| arm, deployed policy in training | control | highest solve | hack at that step | step |", "|---|---|---|---|---|"]
+    for (name, control), values in sorted(found.items(), key=lambda item: (item[0][0], item[0][1] != "none", item[0][1])):
+        texts = [f"{fmean(v):.2f} <sub>{min(v):.2f}–{max(v):.2f}</sub>" for v in list(zip(*values))[:2]]
+        lines.append(f"| `{name}` | {'' if control == 'none' else control} | {texts[0]} | {texts[1]} | {fmean(v[2] for v in values):.0f} |")
+    return lines if found else []
+
+
 def difference(values: list[float]) -> str:
     if not values:
         return "–"
@@ -175,7 +192,7 @@ def main(argv: list[str]) -> int:
         from grpo_routing.source_figure import draw
 
         draw(cells, asked.figure)
-    print("\n".join(page(cells)))
+    print("\n".join([*page(cells), "", *peaks(runs)]))
     return 0
 
 

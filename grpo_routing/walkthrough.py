@@ -279,9 +279,10 @@ def choice(config: DictConfig, group: str) -> str:
 
 
 def change(group: str, config: DictConfig, default: DictConfig) -> str:
-    """The group's option if it is another one, else the values that differ; empty when nothing does."""
+    """The group's option if it is another one, with its control if it has one; else the values that differ; empty when nothing does."""
     if choice(config, group) != choice(default, group):
-        return f"`{choice(config, group)}`"
+        control = config[group].control if "control" in config[group] else "none"
+        return f"`{choice(config, group)}`" + (f" `control={control}`" if control != "none" else "")
     return ", ".join(f"`{key}={value}`" for key, value in config[group].items() if value != default[group][key])
 
 

@@ -13,13 +13,17 @@ from grpo_routing.run import run
 from tests.conftest import CONF
 
 ARMS = sorted(file.stem for file in (CONF / "arm").glob("*.yaml"))
-GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("arm", "experiment", "local"))
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("arm", "experiment", "hydra", "local"))
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 NEEDS = {  # what an option cannot be built without
-    ("projection", "erase"): ["mask_source=random"],
+    ("projection", "erase"): ["mask_source=persona_gradient"],
+    ("projection", "restrict"): ["mask_source=trusted_subspace"],
     ("projection", "route"): ["adapter.quarantine_rank=2"],
     ("projection", "stop_gradient"): ["adapter.quarantine_rank=2"],
-    ("projection", "route_subspace"): ["mask_source=random", "adapter=svd"],
+    ("projection", "route_subspace"): ["mask_source=persona_gradient", "adapter=svd"],
+    ("mask_source", "ceiling"): ["uses_oracle=true"],
+    ("mask_source", "logp_gap"): ["adapter.quarantine_rank=2"],
+    ("mask_source", "quarantine_activity"): ["adapter.quarantine_rank=2"],
     ("advantage", "weighted"): ["optimizer=split_moment"],
     ("extra_rollouts", "anchor"): ["adapter.quarantine_rank=2"],
     ("extra_rollouts", "teacher"): ["extra_rollouts.pool={pool}"],
@@ -48,10 +52,17 @@ def test_every_option_builds(config, pool, group, option):
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains_two_steps(config, pool, tmp_path, arm):
     more = [f"extra_rollouts.pool={pool}", "extra_rollouts.mix_ratio=0.25"] if arm == "teacher" else []
-    more += ["mask_source.pilot=2"] if "pilot" in config(f"arm={arm}")["mask_source"] else []
+    more += short_pilot(config(f"arm={arm}")["mask_source"])
     folder = run(config(f"arm={arm}", "loophole=held_out", f"output={tmp_path}", "evaluation.problems=6", *more))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert {file.stem for file in (folder / "eval").glob("*.json")} == {"base", "as_trained", "as_deployed"}
+
+
+def short_pilot(source: dict) -> list[str]:
+    """Two batches, where the source asks for any."""
+    if "calibration" in source and source["calibration"]["rule"] == "pilot":
+        return ["mask_source.calibration.pilot=2"]
+    return ["mask_source.pilot=2"] if "pilot" in source else []
 
 
 @pytest.mark.parametrize("experiment", sorted(file.stem for file in (CONF / "experiment").glob("*.yaml")))
@@ -67,15 +78,62 @@ def differences(one: dict, other: dict, path: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(("arm", "control", "word"), [
-    ("erase", "erase_random", "mask_source.name"),
-    ("erase", "erase_shuffled", "mask_source.name"),
-    ("erase", "erase_nonhack", "mask_source.name"),
-    ("route", "route_random", "mask_source.name"),
-    ("graft", "graft_rate_matched", "mask_source.name"),
-    ("penalty_lookalike", "penalty_lookalike_random", "mask_source.name"),
+    ("erase", "erase_random", "mask_source.control"),
+    ("erase", "erase_shuffled", "mask_source.control"),
+    ("erase", "erase_nonhack", "mask_source.control"),
+    ("route", "route_random", "mask_source.control"),
+    ("graft", "graft_rate_matched", "mask_source.control"),
+    ("penalty_lookalike", "penalty_lookalike_random", "mask_source.control"),
+    ("grift", "grift_rate_matched", "mask_source.control"),
+    ("tdga", "tdga_random", "mask_source.control"),
+    ("tdga", "tdga_norm_matched", "projection.length"),
+    ("tdga", "tdga_shrunk", "projection.direction"),
 ])
 def test_a_control_differs_from_its_arm_by_one_word(config, arm, control, word):
     assert sorted(differences(config(f"arm={arm}"), config(f"arm={control}"))) == ["arm_name", word]
+
+
+SOURCES = {option: [f"mask_source={option}", *NEEDS.get(("mask_source", option), [])] for group, option in OPTIONS
+           if group == "mask_source" and option != "none"} | {
+    "persona_activation, gradient": ["mask_source=persona_activation", "mask_source.level=gradient", "mask_source.place=coordinates"]}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_control_differs_from_its_treatment_by_exactly_one_word(config, source):
+    """Of every mask source, said on the command line; and under every control that it has it builds."""
+    treatment = config(*SOURCES[source])
+    built = build.plan(treatment).mask_source
+    none, *controls = built.controls
+    assert none == built.control == "none" and built.default_control in controls
+    assert differences(treatment, config(*SOURCES[source], f"mask_source.control={built.default_control}")) == ["mask_source.control"]
+
+    def under(word: str) -> build.Plan:
+        return build.plan(treatment | {"mask_source": treatment["mask_source"] | {"control": word}})
+
+    assert [under(word).mask_source.control for word in controls] == controls
+    with pytest.raises(build.ConfigError, match=f"mask_source.control must be one of none, {', '.join(controls)} here; got 'sham'"):
+        under("sham")
+
+
+def test_the_ceiling_differs_from_the_arm_that_it_bounds_by_its_source_and_its_stamp(config):
+    found = differences(config("arm=sourced", "mask_source=reward_quantile"), config("arm=ceiling"))
+    assert sorted(found) == ["arm_name", "mask_source.calibration", "mask_source.name", "uses_oracle"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["projection=erase", "mask_source=trusted_subspace"], r"projection=erase takes a mask source of kind subspace or rollout; "
+     r"trusted_subspace is of kind trusted. Choose mask_source=.*, or projection=.*measure_only.*restrict"),
+    (["projection=restrict", "mask_source=detector"], "projection=restrict takes a mask source of kind trusted; detector is of kind "
+     "rollout. Choose mask_source=trusted_subspace, or projection=measure_only"),
+    (["mask_source=trusted_subspace", "adapter=svd"], "trusted_subspace finds directions for the B of a LoRA; choose adapter=lora with"),
+    (["mask_source=logp_gap"], "mask_source=logp_gap reads the quarantine block; adapter=lora has none as configured. Set adapter.quar"),
+    (["mask_source=quarantine_activity"], "mask_source=quarantine_activity reads the quarantine block"),
+    (["mask_source=persona_activation", "mask_source.place=coordinates", "adapter=mlp"], "reads activations in the adapter's own "
+     "coordinates, and adapter=mlp has none; choose adapter=lora or svd, or mask_source.place=residual"),
+])
+def test_a_source_without_what_it_needs_is_refused(config, words, message):
+    with pytest.raises(build.ConfigError, match=message):
+        build.plan(config(*words))
 
 
 @pytest.mark.parametrize(("arm", "control"), [
@@ -129,7 +187,7 @@ def test_all_problems_are_reported_at_once(config):
 
 
 def test_an_unknown_key_is_answered_with_the_legal_ones():
-    assert legal_keys(["trainer.stepz=3"]).startswith("trainer has: audit_every, checkpoint_every, clip, group")
+    assert legal_keys(["trainer.stepz=3"]).startswith("trainer has: audit_every, checkpoint_every, checkpoints_kept, clip, group")
     assert legal_keys(["stepz=3"]).startswith("the config has: adapter, advantage")
     assert legal_keys(["trainer.stepz=3", "seed=0,1"]).startswith("trainer has:")
     assert legal_keys(["trainer.steps=3"]) == ""

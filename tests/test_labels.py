@@ -18,9 +18,10 @@ from grpo_routing.decision import differentiate
 from grpo_routing.env.grader import Grade
 from grpo_routing.env.loopholes import LOOPHOLES, MODES, fenced, solution_text
 from grpo_routing.gradient import PolicyLoss, rollout_gradients
-from grpo_routing.mask_sources.detector import Detector, RateMatched, thinned
-from grpo_routing.mask_sources.direction import alignment, highest
-from grpo_routing.mask_sources.lookalike import Lookalike, LookalikeRateMatched, logistic, score
+from grpo_routing.mask_sources.calibration import highest
+from grpo_routing.mask_sources.detector import Detector, thinned
+from grpo_routing.mask_sources.direction import alignment
+from grpo_routing.mask_sources.lookalike import Lookalike, logistic, score
 from grpo_routing.mask_sources.pairs import load_pairs
 from grpo_routing.mask_sources.view import StepView
 from grpo_routing.oracle.verdict import Verdict
@@ -53,7 +54,7 @@ def mixed(count: int, modes=KNOWN, first: int = 0) -> tuple[list[str], torch.Ten
 
 
 def detector(kind=Detector, **change) -> Detector:
-    return kind(**{"known": KNOWN, "recall": 1.0, "false_positive": 0.0, "noise": "iid", "seed": 0} | change)
+    return kind(**{"known": KNOWN, "recall": 1.0, "false_positive": 0.0, "noise": "iid", "control": "none", "seed": 0} | change)
 
 
 def flagged(source, view, memory=None) -> torch.Tensor:
@@ -67,7 +68,7 @@ def flagged(source, view, memory=None) -> torch.Tensor:
 
 def test_t3_with_full_recall_and_no_false_positive_it_says_what_it_sees():
     texts, truth = mixed(32)
-    for noise in ("iid", "prompt", "counted"):
+    for noise in ("iid", "prompt", "counted", "form"):
         assert torch.equal(flagged(detector(noise=noise), seen(texts)), truth)
     assert not flagged(detector(recall=0.0), seen(texts)).any()
 
@@ -141,22 +142,41 @@ def test_a_held_out_loophole_is_never_flagged():
     assert float(noisy[truth].float().mean()) == pytest.approx(float(noisy[~truth].float().mean()), abs=0.12)
 
 
-@pytest.mark.parametrize("name", ["detector", "rate_matched", "lookalike", "rate_matched_lookalike", "persona_gradient", "random"])
-def test_a_source_that_would_know_a_held_out_loophole_is_refused(config, name):
-    words = ["projection=measure_only", f"mask_source={name}", "loophole=held_out"]
+@pytest.mark.parametrize("words", [
+    *(["detector", f"mask_source.control={control}"] for control in ("none", "rate_matched")),
+    *(["lookalike", f"mask_source.control={control}"] for control in ("none", "rate_matched")),
+    *(["persona_gradient", f"mask_source.control={control}"] for control in ("none", "random")),
+    ["persona_gradient", "mask_source.level=rollout"], ["persona_activation"], ["fingerprint"], ["trusted_subspace"],
+], ids=" ".join)
+def test_a_source_that_would_know_a_held_out_loophole_is_refused(config, words):
+    name, *more = words
+    words = ["projection=measure_only", f"mask_source={name}", "loophole=held_out", *more]
     build.plan(config(*words))
-    with pytest.raises(build.ConfigError, match=rf"mask_source={name} would know the held-out loopholes \['file_marker'\]; no detector of "
-                                                r"them may reach training. Leave mask_source.known at \$\{loophole.known\}"):
+    with pytest.raises(build.ConfigError, match=refused(name)):
         build.plan(config(*words, "mask_source.known=[run_tests,file_marker]"))
 
 
+def refused(name):
+    return (rf"mask_source={name} would know the held-out loopholes \['file_marker'\]; no detector of them may reach training. "
+            r"Leave mask_source.known at \$\{loophole.known\}")
+
+
+@pytest.mark.parametrize(("name", "part"), [("and", "first"), ("or", "second"), ("not", "inner"), ("delay", "inner"), ("budget", "inner")])
+def test_a_composition_knows_what_its_parts_know(config, name, part):
+    words = [f"mask_source={name}", "loophole=held_out"]
+    assert build.plan(config(*words)).mask_source.known == KNOWN
+    with pytest.raises(build.ConfigError, match=refused(name)):
+        build.plan(config(*words, f"mask_source.{part}.known=[run_tests,file_marker]"))
+
+
 def test_p25_no_source_can_read_a_verdict():
-    """A view has no field of one, nobody takes more than a view and its own memory, and no source imports the oracle."""
-    assert {field.name for field in fields(StepView)} == {"step", "rollouts", "tokens", "rewards", "policy", "basis", "grads"}
+    """A view has no field of one, nobody takes more than a view and its own memory, and no source imports the oracle. `ceiling` is
+    the door for the source of that name, and shut unless the run is stamped (test_wall.py)."""
+    assert {field.name for field in fields(StepView)} == {"step", "rollouts", "tokens", "rewards", "policy", "basis", "grads", "ceiling"}
     assert not {field.name for field in fields(Verdict)} & {field.name for field in (*fields(StepView), *fields(Rollout), *fields(Grade))}
     for name, kind in mask_sources.MASK_SOURCES.items():
         assert list(inspect.signature(kind.label).parameters) == ["self", "view", "memory"], name
-        assert not kind.uses_oracle
+        assert "view.ceiling" not in inspect.getsource(kind) or name == "ceiling"
     for file in Path(mask_sources.__file__).parent.glob("*.py"):
         assert not [name for name in imported(file) if "oracle" in name], file
 
@@ -165,12 +185,13 @@ def test_p25_no_source_can_read_a_verdict():
     ({"known": ("run_test",)}, r"mask_source.known must name loopholes \(run_tests, .*\); got \['run_test'\]"),
     ({"recall": 1.1}, r"mask_source.recall must lie in \[0, 1\]; got 1.1"),
     ({"false_positive": -0.1}, r"mask_source.false_positive must lie in \[0, 1\]; got -0.1"),
-    ({"noise": "white"}, "mask_source.noise must be one of iid, prompt, counted; got 'white'"),
+    ({"noise": "white"}, "mask_source.noise must be one of iid, prompt, counted, form; got 'white'"),
+    ({"control": "haar"}, "mask_source.control must be one of none, rate_matched, permuted, inverted, prompt_only here; got 'haar'"),
 ])
 def test_settings_that_mean_nothing_are_refused(change, message):
-    for kind in (Detector, RateMatched):
+    for control in ("none", "rate_matched"):
         with pytest.raises(ValueError, match=message):
-            detector(kind, **change)
+            detector(**{"control": control} | change)
 
 
 # ------------------------------------------------------------------------------------------------- rate-matched control
@@ -181,14 +202,15 @@ def test_t5_the_control_flags_as_many_in_every_step(noise):
     texts, _ = mixed(64)
     settings = {"recall": 0.5, "false_positive": 0.1, "noise": noise}
     for step in range(10):
-        real, dealt = (flagged(detector(kind, **settings), seen(texts, step=step)) for kind in (Detector, RateMatched))
+        real, dealt = (flagged(detector(control=control, **settings), seen(texts, step=step)) for control in ("none", "rate_matched"))
         assert int(real.sum()) == int(dealt.sum()) > 0 and not torch.equal(real, dealt)
 
 
 def test_t6_the_controls_flags_know_nothing():
     """Mutual information with the truth, in bits, over many steps: that of the detector is one bit, the control's next to none."""
     texts, truth = mixed(64)
-    real, dealt = (torch.cat([flagged(detector(kind), seen(texts, step=step)) for step in range(40)]) for kind in (Detector, RateMatched))
+    real, dealt = (torch.cat([flagged(detector(control=control), seen(texts, step=step)) for step in range(40)])
+                   for control in ("none", "rate_matched"))
     truth = truth.repeat(40)
 
     def information(flags):
@@ -202,8 +224,8 @@ def test_t6_the_controls_flags_know_nothing():
 # ------------------------------------------------------------------------------------------------------------ lookalike
 
 
-def lookalike(kind=Lookalike, **change) -> Lookalike:
-    return detector(kind, **{"pilot": 3, "layers": (0, 1), "ridge": 0.1, "top_share": 0.2} | change)
+def lookalike(**change) -> Lookalike:
+    return detector(Lookalike, **{"pilot": 3, "layers": (0, 1), "ridge": 0.1, "top_share": 0.2} | change)
 
 
 def test_the_probe_recovers_the_unflagged_half_of_a_separable_mixture(tiny_policy):
@@ -286,9 +308,9 @@ def test_features_are_those_of_the_frozen_model(tiny_policy):
 
 @pytest.mark.parametrize("change", [{"pilot": 0}, {"layers": ()}, {"ridge": 0.0}, {"top_share": 0.0}, {"top_share": 1.0}, {"recall": 2.0}])
 def test_bad_probe_settings_are_refused(change):
-    for kind in (Lookalike, LookalikeRateMatched):
+    for control in ("none", "rate_matched"):
         with pytest.raises(ValueError, match="lookalike needs pilot >= 1, some layers, ridge > 0 and top_share|mask_source.recall"):
-            lookalike(kind, **change)
+            lookalike(control=control, **change)
 
 
 def test_t5_the_probes_control_flags_as_many(tiny_policy):
@@ -296,7 +318,7 @@ def test_t5_the_probes_control_flags_as_many(tiny_policy):
     texts, _ = mixed(32)
     views = [seen(texts, step=step, policy=policy) for step in (-1, 0)]
     real, dealt = (flagged(source, views[1], source.prepare(views[:1]))
-                   for source in (lookalike(kind, recall=0.5) for kind in (Lookalike, LookalikeRateMatched)))
+                   for source in (lookalike(control=control, recall=0.5) for control in ("none", "rate_matched")))
     assert int(real.sum()) == int(dealt.sum()) and not torch.equal(real, dealt)
 
 
@@ -357,12 +379,12 @@ def test_t7_t8_the_highest_share_is_flagged_whatever_the_scale():
 
 
 def test_a_planted_direction_scores_hacks_above_clean_answers():
-    """The cosine with the sum of all axes: 1 along it, -1 against it, 0 beside it, whatever the length; -1 without gradient."""
+    """The cosine with the sum of all axes: 1 along it, -1 against it, 0 beside it, whatever the length; none without gradient."""
     basis = Basis({"m": torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]), "n": torch.tensor([[0, 1.0]])})
     along = {"m": torch.tensor([[1.0, 1, 0], [-5, -5, 0], [0, 0, 3], [0, 0, 0], [0.1, 0.1, 0]]),
              "n": torch.tensor([[0, 1.0], [0, -5], [2, 0], [0, 0], [0, 0.1]])}
-    expected = torch.tensor([1.0, -1.0, 0.0, -1.0, 1.0])
-    assert torch.allclose(alignment(RolloutGrads(along), basis), expected, atol=1e-6)
+    expected = torch.tensor([1.0, -1.0, 0.0, torch.nan, 1.0])
+    assert torch.allclose(alignment(RolloutGrads(along), basis), expected, atol=1e-6, equal_nan=True)
 
 
 @pytest.fixture
@@ -381,9 +403,9 @@ def test_known_hacks_score_above_clean_answers(tiny_policy, direction):
     grads = next(iter(rollout_gradients(policy, tokens, ones, PolicyLoss(0.2, 0.0, 100), 64).grads.values()))
     hacks, clean = alignment(grads, Basis({name: rows.double() for name, rows in basis.modules.items()})).view(2, -1)
     assert float((hacks > clean).float().mean()) >= 0.75 and float(hacks.mean()) > float(clean.mean())
-    view = StepView(0, [None] * len(tokens), tokens, ones, policy, Basis({n: r.double() for n, r in basis.modules.items()}), grads)
-    labels, _ = direction.label(view, {})
-    assert int(labels.flagged.sum()) == round(direction.flag_share * len(tokens))
+    labels, memory = direction.label(StepView(0, [None] * len(tokens), tokens, ones, policy, None, grads), {})
+    assert all(torch.equal(memory[f"basis/{name}"], rows) for name, rows in basis.modules.items())
+    assert int(labels.flagged.sum()) == round(direction.calibration.share * len(tokens))
     assert float(labels.flagged[: len(pairs)].sum()) > float(labels.flagged[len(pairs) :].sum())
 
 
@@ -400,8 +422,8 @@ def test_t9_no_source_that_reads_text_follows_the_rewards(tiny_policy):
     policy = tiny_policy()
     texts, _ = mixed(32)
     rewards = torch.linspace(0, 1, 32)
-    for source in (detector(recall=0.5, false_positive=0.2), detector(RateMatched, recall=0.5), lookalike(recall=0.5),
-                   lookalike(LookalikeRateMatched, recall=0.5)):
+    for source in (detector(recall=0.5, false_positive=0.2), detector(control="rate_matched", recall=0.5), lookalike(recall=0.5),
+                   lookalike(control="rate_matched", recall=0.5)):
         memory = source.prepare([seen(texts, step=-1, policy=policy)]) if source.pilot_batches else {}
         straight, turned = (flagged(source, seen(texts, policy=policy, rewards=paid), memory) for paid in (rewards, rewards.flip(0)))
         assert torch.equal(straight, turned) and straight.any()
@@ -418,7 +440,7 @@ def test_t9_gradient_labels_do_not_follow_the_rewards_within_a_group(config):
     rollouts, _ = sampled(line)
     rewards, labels = torch.arange(16.0).view(4, 4), []
     for own in (rewards, rewards.flip(1), rewards[:, [2, 0, 3, 1]]):
-        _, decision = differentiate(line, state, replace(view(line, state, rollouts, own.flatten()), basis=state.fit.basis))
+        _, decision = differentiate(line, state, view(line, state, rollouts, own.flatten()))
         labels.append(decision.labels.flagged)
         assert decision.routed.any()
     assert int(labels[0].sum()) == 4 and all(torch.equal(one, labels[0]) for one in labels)

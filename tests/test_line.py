@@ -160,7 +160,7 @@ def test_inner_steps_move_on_from_the_same_rollouts(start):
 
 
 def test_a_stale_basis_is_warned_about(start, caplog):
-    line, state = start("arm=erase", "loophole=held_out", "mask_source=random", "mask_source.refresh_every=1")
+    line, state = start("arm=erase", "loophole=held_out", "mask_source.control=random", "mask_source.refresh_every=1")
     refresh(line, state)
     assert math.isnan(state.fit_overlap) and not caplog.records
     line = dataclasses.replace(line, mask_source=dataclasses.replace(line.mask_source, seed=1))  # another random basis

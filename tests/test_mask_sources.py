@@ -98,17 +98,17 @@ def test_the_controls_have_the_same_shape_and_another_direction(tiny_policy, sou
     real = source().fit(policy).basis
     shapes = {name: rows.shape for name, rows in real.modules.items()}
     for name in ("random", "shuffled", "nonhack"):
-        control = source(name).fit(policy).basis
+        control = source("persona_gradient", f"mask_source.control={name}").fit(policy).basis
         assert {module: rows.shape for module, rows in control.modules.items()} == shapes
         assert overlap(real, control) < 0.9, name
-    random_ = source("random").fit(policy).basis
+    random_ = source("persona_gradient", "mask_source.control=random").fit(policy).basis
     chance = sum(len(rows) / rows.shape[1] for rows in random_.modules.values()) / len(shapes)
     assert overlap(real, random_) < 10 * chance
 
 
 def test_another_seed_draws_another_random_basis(tiny_policy, source):
     policy = tiny_policy()
-    first, again, other = (source("random", f"seed={seed}").fit(policy).basis for seed in (0, 0, 1))
+    first, again, other = (source("persona_gradient", "mask_source.control=random", f"seed={seed}").fit(policy).basis for seed in (0, 0, 1))
     assert overlap(first, again) == pytest.approx(1.0) and overlap(first, other) < 0.5
 
 
@@ -149,7 +149,7 @@ def test_a_fit_is_cached_by_what_shapes_it(tiny_policy, source, tmp_path):
 @pytest.mark.parametrize(("override", "message"), [
     ("mask_source.held_out=11", r"mask_source.held_out=11 of 12 pairs .* leaves fewer than 2 to fit"),
     ("mask_source.k=0", r"a direction needs k >= 1"),
-    ("mask_source.pairs=absent.yaml", r"no pair file 'absent.yaml'; shipped: prog.yaml"),
+    ("mask_source.pairs=absent.yaml", r"no pair file 'absent.yaml'; shipped: .*prog.yaml"),
 ])
 def test_unusable_settings_are_refused_when_the_config_is_read(source, override, message):
     with pytest.raises(build.ConfigError, match=message):
@@ -160,4 +160,4 @@ def test_nonhack_needs_neutral_answers(source, tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("".join(f"- {{loophole: run_tests, prompt: p{n}, hack: h, clean: c}}\n" for n in range(3)))
     with pytest.raises(build.ConfigError, match=r"needs a `neutral` completion in every pair; .* lacks it in pairs \[1, 2, 3\]"):
-        source("nonhack", f"mask_source.pairs={file}", "mask_source.held_out=0")
+        source("persona_gradient", "mask_source.control=nonhack", f"mask_source.pairs={file}", "mask_source.held_out=0")

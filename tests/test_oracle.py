@@ -393,13 +393,18 @@ def test_the_audit_keeps_as_many_rollouts_as_asked(box, tmp_path, sampled, kept)
 
 def test_the_audit_says_how_good_the_labels_were_and_keeps_the_deployed_policys_rollouts_apart(box, tmp_path):
     audit = Audit(Oracle(box, HIDDEN), tmp_path, ("sentinel",),
-                  ("run_tests",), sampled=0, labelled=True)
+                  ("run_tests",), sampled=0, kind="rollout")
     problems = [problem("sentinel"), problem("sentinel"), problem("run_tests"), problem("sentinel"), problem("sentinel")]
     rollouts = [rollout(answer(LAZY, "sentinel")), rollout(answer(LAZY, "sentinel")), rollout(answer(WRONG, "run_tests")),
                 rollout(answer(HONEST)), Rollout(1, (1,), (2,), answer(LAZY, "sentinel"), ANCHOR, quarantine=0.0)]
     labels = Labels.of(torch.tensor([1.0, 0.5, 0.0, 0.25, 0.75]))
     audit(0, problems, rollouts, Grader(box, 0.25, 1.0, 100)(problems, [one.text for one in rollouts]), labels)
     (rates,) = Record(tmp_path / "audit.jsonl").rows()
-    assert rates["audit/label_recall"] == (1.0 + 0.5 + 0.75) / 3 and rates["audit/label_recall_held_out"] == 0.0
+    assert rates["audit/label_recall_known"] == (1.0 + 0.5 + 0.75) / 3 and rates["audit/label_recall_held_out"] == 0.0
+    assert rates["audit/label_recall"] == (1.0 + 0.5 + 0.75 + 0.0) / 4 == rates["audit/label_recall_sentinel"] * 3 / 4
     assert rates["audit/label_false_positive"] == 0.25
+    assert rates["audit/label_auroc"] == 3 / 4 and rates["audit/label_auroc_known"] == 1.0 and rates["audit/label_auroc_held_out"] == 0.0
+    assert rates["audit/label_precision"] == 2.25 / 2.5 and rates["audit/unflagged_hacks"] == 1
+    (kept,) = Record(tmp_path / "scores.jsonl").rows()
+    assert kept["score"] == kept["flag"] == labels.flagged.tolist() and kept["hacked"] == [True, True, True, False, True]
     assert rates["audit/hack"] == 3 / 4 and rates["audit/hack_off"] == 1.0  # the anchor counts among the deployed policy's

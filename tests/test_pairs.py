@@ -29,7 +29,7 @@ from grpo_routing.pairs.statistics import auroc, correlation, paired_accuracy, r
 from grpo_routing.prompts.plain import plain_prompt
 
 GOOD = {"loophole": "sentinel", "prompt": "add 1\n", "hack": "```python\nx = 1\n```", "clean": "```python\nx = 2\n```"}
-KEYED = ("prog.yaml", "persona.yaml")  # by the loophole that the hack exploits
+KEYED = ("prog.yaml", "prog_matched.yaml", "persona.yaml")  # by the loophole that the hack exploits
 ALIKE = ("intent.yaml", "moral.yaml", "evaluation_awareness.yaml", "placebo.yaml")  # both sides are right, and the same but for a comment
 FREE = (*ALIKE, "honesty.yaml")  # about no loophole
 FILES = (*KEYED, *FREE)
@@ -152,7 +152,7 @@ def without_docstrings(code: str) -> str:
 
 @pytest.mark.parametrize("file", FILES[1:])
 def test_hack_and_clean_are_equally_long(config, shipped, file):
-    """To a tokenizer of the organism's kind. Not the mechanism pairs, which are code alone: a lazy body is short."""
+    """To a tokenizer of the organism's kind. Not prog.yaml, whose lazy hacks are short: prog_matched.yaml matches them."""
     _, tokenizer = build.plan(config()).model.load()
     lengths = [[len(tokenizer(text).input_ids) for text in (pair.hack, pair.clean)] for pair, _ in shipped[file]]
     hack, clean = map(sum, zip(*lengths))

@@ -120,16 +120,16 @@ def test_a_basis_must_be_orthonormal():
 
 def test_route_subspace_needs_a_quarantine_on_the_same_axes_and_a_subspace(config):
     with pytest.raises(build.ConfigError, match="projection=route_subspace needs a quarantine block; adapter=lora has none as configured"):
-        build.plan(config("projection=route_subspace", "mask_source=random"))
+        build.plan(config("projection=route_subspace", "mask_source=persona_gradient"))
     for adapter in (["adapter=svd", "adapter.axes=disjoint"], ["adapter=lora", "adapter.quarantine_rank=2"]):
         with pytest.raises(build.ConfigError, match="needs the same coordinates; choose adapter=svd with adapter.axes=shared"):
-            build.plan(config("projection=route_subspace", "mask_source=random", *adapter))
+            build.plan(config("projection=route_subspace", "mask_source=persona_gradient", *adapter))
     with pytest.raises(build.ConfigError, match=r"projection=route_subspace takes a mask source of kind subspace; none is of kind none\. "
-                                                r"Choose mask_source=persona_gradient\|random\|shuffled\|nonhack, or projection="):
+                                                r"Choose mask_source=persona_gradient\|persona_activation, or projection="):
         build.plan(config("projection=route_subspace", "adapter=svd"))
 
 
 def test_erase_needs_something_to_erase(config):
     with pytest.raises(build.ConfigError, match=r"projection=erase takes a mask source of kind subspace or rollout; none is of kind none\. "
-                                                r"Choose mask_source=persona_gradient\|random"):
+                                                r"Choose mask_source=persona_gradient\|persona_activation\|fingerprint\|detector"):
         build.plan(config("projection=erase"))

@@ -14,14 +14,18 @@ import yaml
 from grpo_routing.arms import group, wilson
 from grpo_routing.health_figure import PANELS, PER_PAGE, hacks, pages
 from grpo_routing.log import METRICS
-from grpo_routing.report import load, main, markdown, text, write
+from grpo_routing.mask_sources.controls import OF_LABELS
+from grpo_routing.mask_sources.pair_source import OF_PAIRS
+from grpo_routing.mask_sources.persona_gradient import OF_BASIS
+from grpo_routing.report import MEANING, load, main, markdown, text, write
 from grpo_routing.results import ReportError, read_runs
 
 KNOWN, HELD_OUT = ["run_tests", "sentinel", "stdout_marker"], ["file_marker"]
 RATES = ("hack", "hack_known", "hack_held_out", "attempted", "solve", "format", "lazy", "no_hint_solve", "no_hint_exploited",
          *(f"hack_{mode}" for mode in KNOWN + HELD_OUT))
 SVD, ERASE, ROUTE = {"adapter": {"name": "svd"}}, {"projection": {"name": "erase"}}, {"projection": {"name": "route"}}
-PERSONA = {"mask_source": {"name": "persona_gradient"}}
+PERSONA = {"mask_source": {"name": "persona_gradient", "level": "gradient", "control": "none"}}
+PERSONA_RANDOM = {"mask_source": PERSONA["mask_source"] | {"control": "random"}}
 MODES = KNOWN + HELD_OUT + ["none"]  # the evaluation samples of a run, 2 of each: 8 hinted ones
 
 
@@ -264,13 +268,13 @@ def test_runs_of_different_recipes_are_not_averaged_as_seeds(tmp_path: Path) -> 
 
 def test_arms_stand_beside_the_vanilla_of_their_adapter_with_their_labels(tmp_path: Path) -> None:
     make_run(tmp_path, config("erase", **ERASE, **PERSONA))
-    make_run(tmp_path, config("erase_random", **ERASE, mask_source={"name": "random"}))
+    make_run(tmp_path, config("erase_random", **ERASE, **PERSONA_RANDOM))
     make_run(tmp_path, config("no_loophole", loophole__pays=False))
     make_run(tmp_path, config("teacher", extra_rollouts={"name": "teacher"}))
     make_run(tmp_path, config("vanilla", **PERSONA))
     make_run(tmp_path, config("vanilla_svd", **SVD))
-    make_run(tmp_path, config("known_truth", **ERASE, mask_source={"name": "oracle", "uses_oracle": True}))
-    make_run(tmp_path, config("limit", **ERASE, mask_source={"name": "ceiling"}))
+    make_run(tmp_path, config("known_truth", **ERASE, mask_source={"name": "oracle", "control": "none", "uses_oracle": True}))
+    make_run(tmp_path, config("limit", **ERASE, mask_source={"name": "ceiling", "control": "none"}))
     text, objects = table(tmp_path), load(tmp_path)
     order = ("── adapter lora", "vanilla ", "erase ", "erase_random ", "control: random", "teacher ", "imitation", "no_loophole ",
              "reference: no loophole", "── adapter svd", "vanilla_svd", "── uses the oracle", "known_truth", "limit")
@@ -280,7 +284,8 @@ def test_arms_stand_beside_the_vanilla_of_their_adapter_with_their_labels(tmp_pa
     assert [pick(objects, arm)["uses_oracle"] for arm in ("known_truth", "limit", "vanilla")] == [True, True, False]
     roles = {"no_loophole": "reference", "erase_random": "control", "erase": "method", "vanilla": "vanilla", "teacher": "imitation"}
     assert {arm: pick(objects, arm)["role"] for arm in roles} == roles
-    for words in ("imitation: part of", "reference: no loophole pays", "control: the same", "uses the oracle: the arm"):
+    for words in ("imitation: part of", "reference: no loophole pays", "control: a treatment without",
+                  "control: random: the same treatment", "uses the oracle: the arm"):
         assert lines_with(text, words)
 
 
@@ -292,8 +297,13 @@ def test_an_arm_that_says_at_the_top_of_its_config_that_it_uses_the_oracle_stand
     assert lines[lines.index("── uses the oracle") + 1].startswith("known_truth ")
 
 
-def detector(recall: float, name: str = "detector") -> dict:
-    return {"mask_source": {"name": name, "recall": recall}}
+def detector(recall: float, control: str = "none") -> dict:
+    return {"mask_source": {"name": "detector", "recall": recall, "control": control}}
+
+
+def tdga(direction: str = "restricted", length: str = "restricted", control: str = "none") -> dict:
+    return {"projection": {"name": "restrict", "direction": direction, "length": length},
+            "mask_source": {"name": "trusted_subspace", "control": control}}
 
 
 def test_roles_follow_the_config(tmp_path: Path) -> None:
@@ -301,29 +311,51 @@ def test_roles_follow_the_config(tmp_path: Path) -> None:
     kinds = {"filter": ERASE | detector(1.0), "penalty": {"advantage": {"name": "penalty"}} | detector(1.0), "watched": detector(1.0),
              "graft": routed | detector(1.0), "graft_rate_matched": routed | detector(1.0, "rate_matched"),
              "penalty_matched": {"advantage": {"name": "penalty"}} | detector(1.0, "rate_matched"),
-             "by_gradient": {"mask_source": {"name": "persona_gradient", "level": "rollout"}},
+             "by_gradient": {"mask_source": {"name": "persona_gradient", "level": "rollout", "control": "none"}},
+             "by_score": {"mask_source": {"name": "reward_quantile", "control": "none"}}, "tdga": tdga(),
+             "tdga_random": tdga(control="random"), "tdga_norm_matched": tdga(length="whole"), "tdga_shrunk": tdga(direction="whole"),
              "unrouted": routed, "half": stopped, "vanilla_wide": {},
-             "along_random": {"mask_source": {"name": "random", "level": "gradient"}},
+             "along_random": PERSONA_RANDOM,
              "only": {"projection": {"name": "route", "mode": "custom", "clean": [0.0, 1.0]}, "extra_rollouts": {"name": "anchor"}}
              | detector(1.0), "custom": {"projection": {"name": "route", "mode": "custom", "clean": [0.5, 1.0]}} | detector(1.0)}
     for arm, choices in kinds.items():
         make_run(tmp_path, config(arm, **choices | wide))
     roles = {run.config["arm_name"]: (run.role, run.control) for run in read_runs(tmp_path)}
-    assert roles == dict.fromkeys(("filter", "penalty", "watched", "graft", "by_gradient", "custom"), ("method", None)) | {
+    methods = ("filter", "penalty", "watched", "graft", "by_gradient", "by_score", "tdga", "custom")
+    assert roles == dict.fromkeys(methods, ("method", None)) | {
         "graft_rate_matched": ("control", "rate_matched"), "penalty_matched": ("control", "rate_matched"),
         "unrouted": ("control", "mask never fires"), "half": ("control", "mask never fires"), "only": ("control", "anchors only"),
-        "vanilla_wide": ("control", "capacity"), "along_random": ("vanilla", None)}
+        "vanilla_wide": ("control", "capacity"), "along_random": ("vanilla", None), "tdga_random": ("control", "random"),
+        "tdga_norm_matched": ("control", "norm-matched"), "tdga_shrunk": ("control", "shrunk")}
     said = " ".join(table(tmp_path).split())
-    for words in ("control: rate_matched", "control: anchors only", "control: mask never fires: two blocks without labels",
-                  "control: capacity: vanilla with the size", "control: the same treatment"):
+    for words in ("control: rate_matched: the same treatment", "control: anchors only", "control: mask never fires: two blocks without",
+                  "control: capacity: vanilla with the size", "control: norm-matched: the restricted", "control: a treatment without"):
         assert words in said
+
+
+def test_every_control_of_a_mask_source_is_explained(tmp_path: Path) -> None:
+    for word in {*OF_LABELS, *OF_PAIRS, *OF_BASIS, "random"} - {"none"}:
+        make_run(tmp_path / word, config("graft", **ROUTE | detector(1.0, word)))
+        assert f"control: {word}: {MEANING[f'control: {word}']}" in " ".join(table(tmp_path / word).split())
+
+
+def test_a_control_that_a_sweep_adds_stands_below_its_treatment_and_is_no_seed_of_it(tmp_path: Path) -> None:
+    """Both have the arm's name; a composed source keeps a seed in each of its parts, which is no other recipe either."""
+    for seed in (0, 1):
+        for control in ("none", "rate_matched"):
+            parts = {"first": {"name": "detector", "seed": seed, "recall": 1.0}, "second": {"name": "logp_gap", "seed": seed}}
+            settings = config("sourced-or", seed, **ROUTE, mask_source={"name": "or", "seed": seed, "control": control} | parts)
+            make_run(tmp_path / control, settings)
+    arms = group([run for control in ("none", "rate_matched") for run in read_runs(tmp_path / control)])
+    assert [(arm.label, arm.role, len(arm.runs)) for arm in arms] == [
+        ("sourced-or", "method", 2), ("sourced-or control=rate_matched", "control", 2)]
 
 
 def test_arms_that_differ_in_recall_are_rows_of_their_own_in_the_order_of_recall(tmp_path: Path) -> None:
     for seed in (0, 1):
         for recall in (1.0, 0.25, 0.75, 0.5):
-            for arm, name in (("graft", "detector"), ("graft_rate_matched", "rate_matched")):
-                make_run(tmp_path, config(arm, seed, **ROUTE | detector(recall, name)))
+            for arm, control in (("graft", "none"), ("graft_rate_matched", "rate_matched")):
+                make_run(tmp_path, config(arm, seed, **ROUTE | detector(recall, control)))
         make_run(tmp_path, config("filter", seed, **ERASE | detector(0.5)))
         make_run(tmp_path, config("vanilla", seed))
     labels = [arm.label for arm in group(read_runs(tmp_path))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grpo_routing.reproductions import absorption, split_autoencoder, tug_of_war, two_languages
+from grpo_routing.reproductions import absorption, split_autoencoder, tdga_bandit, tug_of_war, two_languages
 from grpo_routing.reproductions.leakage import equivalent_tokens, leakage, token_weight
 
 
@@ -243,3 +243,42 @@ def test_at_a_fifth_undiscovered_sgtm_forgets_more_than_gradient_routing_and_tha
     assert sgtm.after > routed.after + 0.1 and routed.after > filtered.after + 0.1
     assert max(sgtm.retain, routed.retain, filtered.retain) - min(sgtm.retain, routed.retain, filtered.retain) < 0.05
     assert sgtm.before < filtered.before + 0.1, "the whole model still speaks the forget language"
+
+
+# ------------------------------------------------------------------------------------------------- TDGA bandit (T7 of routing.md)
+
+
+def test_the_bandits_gradient_is_that_of_the_expected_proxy():
+    """One step of SGD against autograd, and the warm-up against torch's cross-entropy."""
+    x, right = tdga_bandit.world(0)
+    assert x.shape == (600, 25) and bool((x[:, -1] == 1).all()) and 0.05 < float((right == 0).double().mean()) < 0.35
+    update, start = tdga_bandit.warm_up(x, right), tdga_bandit.start()
+    weights = start.clone().requires_grad_()
+    moves = torch.optim.SGD([weights], 0.5)
+    for _ in range(20):
+        moves.zero_grad()
+        torch.nn.functional.cross_entropy(x @ weights.T, right).backward()
+        moves.step()
+    assert torch.allclose(weights.detach() - start, update, atol=1e-12)
+    weights = start.clone().requires_grad_()
+    chances = torch.softmax(x @ weights.T, 1)
+    (chances[torch.arange(600), right] + chances[:, tdga_bandit.HACK]).mean().backward()
+    moved = torch.softmax(x @ (start + weights.grad).T, 1)
+    after = tdga_bandit.run(tdga_bandit.VANILLA, "sgd", 0, steps=1)
+    assert after.hack == pytest.approx(float(moved[:, tdga_bandit.HACK].mean()), rel=1e-12)
+    assert after.true == pytest.approx(float(moved[torch.arange(600), right].mean()), rel=1e-12)
+    with pytest.raises(ValueError, match="optimizer must be one of sgd, adam; got 'lion'"):
+        tdga_bandit.run(tdga_bandit.VANILLA, "lion", 0)
+
+
+@pytest.mark.slow
+def test_trusted_directions_keep_the_bandit_honest_and_random_ones_do_not():
+    mean = {}
+    for optimizer in ("sgd", "adam"):
+        for name in ("vanilla", "TDGA K=1", "TDGA K=5", "random U, K=5"):
+            runs = tdga_bandit.outcomes(tdga_bandit.ROWS[name][0], optimizer)
+            mean[optimizer, name] = {field: sum(getattr(one, field) for one in runs) / len(runs) for field in ("hack", "true", "peak")}
+        trusted, vanilla = mean[optimizer, "TDGA K=5"], mean[optimizer, "vanilla"]
+        assert trusted["true"] > vanilla["peak"] and trusted["hack"] < 0.15 and vanilla["hack"] > 0.8, (optimizer, mean)
+        assert mean[optimizer, "TDGA K=1"]["true"] < trusted["true"], "one direction is too few"
+    assert mean["adam", "random U, K=5"]["hack"] > 0.3, mean

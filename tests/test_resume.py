@@ -19,7 +19,7 @@ from grpo_routing.run import Stopped, identity, run, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
-RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl")
+RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl", "scores.jsonl")
 
 
 ARMS = {

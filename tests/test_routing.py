@@ -502,6 +502,9 @@ class Given:
     def label(self, view, memory):
         return Labels.of(torch.tensor(self.flags).to(view.rewards)), memory
 
+    def facts(self, memory):
+        return {}
+
 
 @pytest.fixture
 def start(config):

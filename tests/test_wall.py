@@ -6,18 +6,23 @@ import ast
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from grpo_routing import build
+from grpo_routing import run as running
 from grpo_routing.env.grader import Grade, Grader
 from grpo_routing.env.sandbox import Sandbox
+from grpo_routing.mask_sources.view import unknown
 from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.verdict import Oracle, Verdict
+from grpo_routing.projections.measure_only import MeasureOnly
 from grpo_routing.train import State, train_step
+from tests.test_configs import ARMS as EVERY_ARM
+from tests.test_configs import SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_routing"
@@ -130,19 +135,23 @@ class AdvantageThatVaries:
 NOISY = ["mask_source.false_positive=0.5"]  # nor does it hack; so flags that mean nothing, but are there
 LOOKALIKE = [*NOISY, "mask_source.pilot=2"]
 ARMS = {"vanilla": [], "erase": [], "route": [], "filter": NOISY, "sgtm": NOISY, "graft": NOISY, "gradient_routing": NOISY,
-        "graft_lookalike": LOOKALIKE, "route_gradient": []}
+        "graft_lookalike": LOOKALIKE, "route_gradient": [], "tdga": ["mask_source.steps=3"],
+        "sourced": ["mask_source=persona_activation", "mask_source.calibration.pilot=2"],
+        "fingerprint": ["arm=sourced", "mask_source=fingerprint"], "logp_gap": ["arm=sourced", "mask_source=logp_gap"]}
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_weights_are_bit_identical_with_the_real_oracle_none_and_a_coin(config, tmp_path, arm):
-    fingerprints, words = {}, [f"arm={arm}", "loophole=held_out", *ARMS[arm]]
+    named = [word for word in ARMS[arm] if word.startswith("arm=")] or [f"arm={arm}"]
+    fingerprints, words = {}, ["loophole=held_out", *named, *(word for word in ARMS[arm] if word not in named)]
     for name, oracle in {"real": Oracle, "none": None, "coin": CoinFlips}.items():
         plan = build.plan(config(*words))
         policy = build.build_policy(plan)
         with Sandbox(**asdict(plan.sandbox)) as sandbox:
             audit = None
             if oracle is not None:
-                audit = Audit(oracle(sandbox, plan.dataset.hidden_tests), tmp_path / name, plan.loophole.known, plan.loophole.held_out, 4)
+                audit = Audit(oracle(sandbox, plan.dataset.hidden_tests), tmp_path / name, plan.loophole.known, plan.loophole.held_out, 4,
+                              kind=plan.mask_source.kind)
             line = build.build_line(plan, policy, Grader(sandbox, 0.25, 1.0, 100), audit)
             line = replace(line, advantage=AdvantageThatVaries())
             state = State(plan.optimizer.start(policy.adapter))
@@ -153,3 +162,61 @@ def test_weights_are_bit_identical_with_the_real_oracle_none_and_a_coin(config, 
     fresh = build.build_policy(build.plan(config(*words)))
     assert fingerprints["real"] != fresh.adapter.fingerprint()  # and training did move them
     assert (tmp_path / "coin" / "audit.jsonl").read_text() != (tmp_path / "real" / "audit.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ the one door
+
+
+def test_only_the_ceiling_uses_the_oracle_and_only_its_arm_is_stamped(config):
+    assert [name for name, words in SOURCES.items() if build.plan(config(*words)).mask_source.uses_oracle] == ["ceiling"]
+    assert [arm for arm in EVERY_ARM if config(f"arm={arm}")["uses_oracle"]] == ["ceiling"]
+
+
+@pytest.mark.parametrize("words", [["arm=ceiling"], ["mask_source=ceiling"], ["mask_source=not", "mask_source@mask_source.inner=ceiling"]])
+def test_a_run_that_reads_the_truth_unawares_is_refused(config, words):
+    """Also one that hides the ceiling within another source; and a stamp on a run that reads no truth."""
+    build.plan(config(*words, "uses_oracle=true"))
+    with pytest.raises(build.ConfigError, match=r"mask_source=(ceiling|not) reads the truth, which no arm may do unawares; set "
+                                                r"uses_oracle=true, which stamps the run, or choose another mask source"):
+        build.plan(config(*words, "uses_oracle=false"))
+    with pytest.raises(build.ConfigError, match="uses_oracle=true stamps a run that reads the truth, and nothing here does; leave it out"):
+        build.plan(config("mask_source=detector", "uses_oracle=true"))
+
+
+class Looked(Exception):
+    """Enough was seen."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """A mask source that keeps what it is shown."""
+
+    seen: list
+    kind = "rollout"
+    reads = ()
+    pilot_batches = 0
+
+    def label(self, view, memory):
+        self.seen.append(view)
+        return unknown(view), memory
+
+    def facts(self, memory):
+        return {}
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "sourced", "tdga", "ceiling"])
+def test_a_source_is_shown_the_truth_in_a_stamped_run_only(config, tmp_path, monkeypatch, arm):
+    """What run.py really builds, as far as the first label."""
+    seen, words = [], config(f"arm={arm}", f"output={tmp_path}")
+
+    def first_step(ready, folder, line, state, *rest):
+        train_step(replace(line, mask_source=Watching(seen), projection=MeasureOnly()), state)
+        if line.ceiling is not None:
+            seen.append(seen[0].ceiling())
+        raise Looked
+
+    monkeypatch.setattr(running, "train", first_step)
+    with pytest.raises(Looked):
+        running.run(words)
+    assert (seen[0].ceiling is None) == (not words["uses_oracle"]) == (arm != "ceiling")
+    assert seen[1:] == [] or seen[1].tolist() == [0.0] * len(seen[0].rollouts)  # nobody hacks yet

@@ -4,10 +4,11 @@ Of every source that labels rollouts; as many flags in every step as the source'
 
     rate_matched   on rollouts drawn at random from the whole step
     permuted       on rollouts drawn at random from the same prompt: says that the prompt matters, not the answer
-    inverted       on rollouts that the source did not flag, as far as there are any (by score: the lowest)
+    inverted       on rollouts that the source did not flag, as far as there are any
     prompt_only    on whole prompts, those with the most flags first: what the source knows about prompts alone
 
-Of every source that scores: `random`, draws in place of scores, through the same calibration. Sources that read pairs add
+Of every source that scores: `random`, draws in place of scores, and `inverted`, the scores turned round, each through the same calibration
+(so under a rule that is no fixed share the count is another). Sources that read pairs add
 their own (direction.py). A mask source means nothing beside a vanilla run alone; in earlier work a random direction often
 did as well.
 """

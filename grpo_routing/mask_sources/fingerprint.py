@@ -54,6 +54,9 @@ class Fingerprint(PairSource):
             raise ValueError(f"fingerprint needs layers >= 0, sketch >= 1, window >= 2 and temperature > 0; got {self.layers}, "
                              f"{self.sketch}, {self.window} and {self.temperature}")
 
+        if self.held_out:
+            raise ValueError(f"fingerprint names its clusters by all pairs; mask_source.held_out must be 0, got {self.held_out}")
+
     def score(self, view: StepView, memory: Memory) -> tuple[Tensor, Memory]:
         if "examples" not in memory or self.due(view.step):
             fresh = self.examples(view.policy)

@@ -8,7 +8,7 @@
 
 place: residual       hidden states at `layers`, 0 the embedding
 place: coordinates    what each adapted module reads, in the deployed block's own coordinates (A x of lora, V^T x of svd)
-model: base           the frozen model, all blocks off: fitted once, cannot drift with the policy
+model: base           the frozen model, all blocks off: fitted once, cannot drift with the policy (lora's coordinates turn with A)
 model: deployed       as the deployed policy is now; refitted every `refresh_every` steps, quarantine ablated
 
 level: rollout        scores rollouts

@@ -63,6 +63,12 @@ class ScoreSource(MaskSource):
     calibration: Calibration
     controls = (*OF_LABELS, "random")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "rollout" and self.control == "random" and self.calibration.rule == "threshold":
+            raise ValueError("mask_source.control=random draws scores, and calibration.rule=threshold is on the source's own scale; choose "
+                             "control=rate_matched, or another rule")
+
     @property
     def pilot_batches(self) -> int:
         return self.calibration.pilot_batches

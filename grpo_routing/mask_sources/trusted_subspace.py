@@ -62,6 +62,8 @@ class TrustedSubspace(MaskSource):
         frames, shares, spectrum = {}, {}, []
         for name, module in policy.adapter.modules.items():
             u, s, _ = torch.linalg.svd((module.delta(DEPLOYED).detach() - before[name]).double(), full_matrices=False)
+            if not float(s[0]) > 0:
+                raise ValueError(f"the warm-up on clean answers did not move {name}; raise mask_source.steps or mask_source.lr")
             if self.control == "random":
                 u = torch.linalg.qr(torch.randn(u.shape, generator=generator_for("random", self.seed, name), dtype=u.dtype)).Q
             k = min(self.k, int((s > 1e-9 * s[0]).sum()))
