@@ -160,6 +160,8 @@ def impossible(parts: dict[str, Any], uses_oracle: bool) -> list[str]:
             projection.masks_forward and optimizer.needs_natural,
         "projection.gate trains the gate of the quarantine, and adapter.gate is off; set adapter.gate=true (adapter=lora)":
             projection.trains_gate and not getattr(adapter, "gate", False),
+        f"advantage={_name(ADVANTAGES, advantage)} reads scores; mask_source={origin} gives none. Choose one that labels rollouts":
+            "scores" in advantage.reads and source.kind != "rollout",
         f"advantage={_name(ADVANTAGES, advantage)} has two streams; choose optimizer=split_moment, trainer.inner_steps=1 and "
         f"trainer.kl_weight=0":
             advantage.two_streams and (not optimizer.needs_natural or trainer.inner_steps > 1 or trainer.kl_weight > 0),

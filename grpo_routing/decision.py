@@ -51,7 +51,9 @@ def decide(line: Line, state: State, view: StepView) -> Decision:
     rewards, judged = line.extra_rollouts.edit(view.rollouts, view.rewards, labels)
     weights = line.projection.weights(judged, quarantine, line.policy.adapter, line.trainer.group)
     grouped = [tensor.view(-1, line.trainer.group) for tensor in (rewards, judged.flagged, weights.deployed)]
-    routed = line.advantage(*grouped).flatten()
+    more = {"scores": labels.scores if labels.scores is not None else labels.flagged, "terms": view.terms}
+    own = {name: more[name].view(*more[name].shape[:-1], -1, line.trainer.group) for name in line.advantage.reads if name in more}
+    routed = line.advantage(*grouped, **own).flatten()
     natural = line.advantage.natural(*grouped[:2]).flatten() if line.advantage.two_streams else routed
     forward = Forward(quarantine, line.projection.passes(judged), line.projection.stop_at,
                       line.projection.aid(judged, quarantine, line.policy.adapter))

@@ -188,8 +188,10 @@ class Policy:
 
 
 def pool(states: Tensor, tokens: TokenBatch, position: str) -> Tensor:
-    """[b, T, d] -> [b, d]: the mean over the completion's tokens, or its last token (`position` mean or last)."""
+    """[b, T, d] -> [b, d]: the mean over the completion's tokens, its last token, or the prompt's (`position` mean, last, prompt_last)."""
     mask = tokens.completion_mask
+    if position == "prompt_last":
+        return states[torch.arange(len(states), device=states.device), mask.int().argmax(1)]
     if position == "last":
         last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
         return states[torch.arange(len(states), device=states.device), last + 1]

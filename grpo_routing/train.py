@@ -186,12 +186,14 @@ def view_of(line: Line, step: int, problems: list[Problem], rollouts: list[Rollo
             fit: Fit | None) -> StepView:
     """What a mask source sees of these rollouts; without grades (a pilot that nobody grades) the rewards are nan."""
     tokens = TokenBatch.of([(r.prompt_ids, r.completion_ids) for r in rollouts], line.policy.pad, line.policy.device)
-    rewards = torch.tensor([grade.reward for grade in grades] if grades else [math.nan] * len(rollouts)).to(line.policy.device)
+    seen = [(grade.reward, grade.format_ok, grade.passed) for grade in grades] if grades else [(math.nan,) * 3] * len(rollouts)
+    paid = torch.tensor(seen, dtype=torch.float32).T.to(line.policy.device)
 
     def ceiling() -> Tensor:
         return line.ceiling([problems[r.group] for r in rollouts], rollouts, grades)
 
-    return StepView(step, rollouts, tokens, rewards, line.policy, fit.basis if fit else None, None, ceiling if line.ceiling else None)
+    return StepView(step, rollouts, tokens, paid[0], line.policy, fit.basis if fit else None, None, ceiling if line.ceiling else None,
+                    paid[1:])
 
 
 def pilot(line: Line) -> Memory:

@@ -76,7 +76,7 @@ class ControlledSweeper(BasicSweeper):
 def control_of(ready: Plan) -> str | None:
     """The control that a run needs beside it; None for one that is no treatment, or a control, or stamped as cheating."""
     source, projection = ready.mask_source, ready.projection
-    acts = type(projection).__name__ != "MeasureOnly" or ready.advantage.reads_flags or ready.extra_rollouts.groups
+    acts = type(projection).__name__ != "MeasureOnly" or {"flags", "scores"} & set(ready.advantage.reads) or ready.extra_rollouts.groups
     if source.kind == "none" or source.control != "none" or source.uses_oracle or not acts:
         return None
     return source.default_control

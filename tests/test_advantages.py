@@ -14,7 +14,7 @@ R = torch.tensor([[3.5, 0.5, 3.5, 0.5, 0.25, 3.5], [0.0, 1.0, 0.25, 1.25, 1.0, 0
 FLAGS = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0]], dtype=F64)  # four are unflagged, so their mean is exact
 SOFT = torch.tensor([[0.75, 0.0, 0.5, 0.0, 0.25, 0.0], [0.0, 0.1, 0.9, 1.0, 0.0, 0.3]], dtype=F64)
 NONE, ALL = Balanced("none", 1e-4), Balanced("all", 1e-4)
-EVERY = [DrGrpo(), Grpo(1e-6), NONE, ALL, Weighted("none", 1e-4), Weighted("all", 1e-4), Penalty(1.0)]
+EVERY = [DrGrpo(), Grpo(1e-6), NONE, ALL, Weighted("none", 1e-4), Weighted("all", 1e-4), Penalty(1.0, "progressive", 0.5, "none")]
 
 
 def nothing(rewards):
@@ -135,11 +135,11 @@ def test_a_penalty_is_taken_before_the_mean():
     """R - P p, then Dr.GRPO: the unflagged gain what the flagged lose."""
     rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=F64)
     flags = torch.tensor([[1.0, 0.0, 0.0, 0.5]], dtype=F64)
-    assert Penalty(2.0)(rewards, flags, 1 - flags).tolist() == [[-0.75, 1.25, 0.25, -0.75]]
+    assert Penalty(2.0, "progressive", 0.5, "none")(rewards, flags, 1 - flags).tolist() == [[-0.75, 1.25, 0.25, -0.75]]
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: Penalty(0.0), r"advantage.penalty must be positive; got 0.0. Use advantage=dr_grpo for none"),
+    (lambda: Penalty(0.0, "threshold", 0.5, "none"), r"advantage.penalty must be positive; got 0.0. Use advantage=dr_grpo for none"),
     (lambda: Balanced("good", 0.1), "advantage.scale must be none or all; got 'good'"),
     (lambda: Weighted("good", 0.1), "advantage.scale must be none or all; got 'good'"),
 ])

@@ -95,6 +95,7 @@ def test_a_control_differs_from_its_arm_by_one_word(config, arm, control, word):
 
 SOURCES = {option: [f"mask_source={option}", *NEEDS.get(("mask_source", option), [])] for group, option in OPTIONS
            if group == "mask_source" and option != "none"} | {
+    "fingerprint": ["mask_source=fingerprint", "mask_source.calibration.rule=quantile"],  # its own has no `random`
     "persona_activation, gradient": ["mask_source=persona_activation", "mask_source.level=gradient", "mask_source.place=coordinates"]}
 
 
@@ -127,6 +128,8 @@ def test_the_ceiling_differs_from_the_arm_that_it_bounds_by_its_source_and_its_s
      "rollout. Choose mask_source=trusted_subspace, or projection=measure_only"),
     (["mask_source=trusted_subspace", "adapter=svd"], "trusted_subspace finds directions for the B of a LoRA; choose adapter=lora with"),
     (["mask_source=logp_gap"], "mask_source=logp_gap reads the quarantine block; adapter=lora has none as configured. Set adapter.quar"),
+    (["mask_source=fingerprint", "mask_source.control=random"], "mask_source.control=random draws scores, and calibration.rule=threshold "
+     "is on the source's own scale; choose control=rate_matched, or another rule"),
     (["mask_source=quarantine_activity"], "mask_source=quarantine_activity reads the quarantine block"),
     (["mask_source=persona_activation", "mask_source.place=coordinates", "adapter=mlp"], "reads activations in the adapter's own "
      "coordinates, and adapter=mlp has none; choose adapter=lora or svd, or mask_source.place=residual"),

@@ -157,10 +157,11 @@ def test_every_option_and_setting_that_is_mentioned_exists(document):
 
 
 def settings(group: str) -> set[str]:
-    """Every key that some option of the group sets, `@package _global_` or not."""
+    """Every key that some option of the group sets, `@package _global_` or not, and every place of it that another option fills."""
     keys = set()
-    for file in (CONF / group).glob("*.yaml"):
+    for file in (CONF / group).rglob("*.yaml"):
         loaded = yaml.safe_load(file.read_text()) or {}
+        keys |= {place for entry in loaded.get("defaults", []) for place in re.findall(r"@([a-z]+)'", str(entry))}
         keys |= set(loaded) | set(loaded.get(group, {})) | {f"{key}.{inner}" for key, value in loaded.items() if isinstance(value, dict)
                                                             for inner in value}
     return keys
@@ -172,3 +173,4 @@ def test_the_checks_above_would_notice():
     assert code(text) == ["python -m x", "make test", "make run", "conf/arm"]
     assert importable("grpo_routing.report") and not importable("grpo_routing.reports") and not importable("nowhere.at.all")
     assert "gate" in settings("projection") and "gates" not in settings("projection")
+    assert {"first", "inner", "pairs", "calibration.share"} <= settings("mask_source")

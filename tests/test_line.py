@@ -40,6 +40,7 @@ class NoisyAdvantage:
     """Advantages that are not all zero for an untrained model: deterministic, mean zero in every group."""
 
     two_streams = False
+    reads = ()
     flat_is_zero = False
 
     def __call__(self, rewards, flagged, deployed):

@@ -585,6 +585,7 @@ class Fixed:
 
     values: torch.Tensor
     two_streams = False
+    reads = ()
     flat_is_zero = False
 
     def __call__(self, rewards, flagged, deployed):

@@ -126,6 +126,7 @@ class AdvantageThatVaries:
     """An untrained model earns no reward to learn from."""
 
     two_streams = False
+    reads = ()
     flat_is_zero = False
 
     def __call__(self, rewards, flagged, deployed):

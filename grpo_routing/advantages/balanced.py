@@ -20,7 +20,7 @@ from torch import Tensor
 class Balanced:
     scale: str  # none (Dr.GRPO) or all (std of the whole group, flagged included: sigma of the good alone may be 0)
     floor: float  # added to the standard deviation
-    reads_flags = True
+    reads = ("flags",)
     two_streams = False
     flat_is_zero = True
 

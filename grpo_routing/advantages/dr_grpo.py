@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DrGrpo:
-    reads_flags = False  # labels change nothing here
+    reads = ()  # labels change nothing here
     two_streams = False  # one advantage feeds both moments of the optimizer
     flat_is_zero = True  # a group whose rewards are all equal has no gradient, whatever its labels
 

@@ -10,7 +10,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Grpo:
     floor: float  # added to the standard deviation; the benchmark uses 1e-6 (baselines.md A2)
-    reads_flags = False  # labels change nothing here
+    reads = ()  # labels change nothing here
     two_streams = False
     flat_is_zero = True
 

@@ -20,7 +20,7 @@ from grpo_routing.advantages.balanced import centred
 class Weighted:
     scale: str  # none or all
     floor: float
-    reads_flags = True
+    reads = ("flags",)
     two_streams = True
     flat_is_zero = True
 

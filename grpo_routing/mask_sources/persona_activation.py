@@ -35,7 +35,7 @@ from grpo_routing.policy import Policy
 from grpo_routing.projections.subspace import chance_share
 from grpo_routing.types import Basis, Labels, TokenBatch
 
-CHOICES = {"level": ("gradient", "rollout"), "place": ("residual", "coordinates"), "position": ("mean", "last"),
+CHOICES = {"level": ("gradient", "rollout"), "place": ("residual", "coordinates"), "position": ("mean", "last", "prompt_last"),
            "model": ("base", "deployed"), "statistic": ("mean", "t")}
 
 
@@ -143,14 +143,16 @@ class PersonaActivation(PairSource):
     def _sides(self, policy: Policy, pairs: list[Pair]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Activations of the first and of the second answers, name -> [N, d] each."""
         texts = [(pair.prompt, text) for pair in pairs for text in (getattr(pair, self.first), pair.clean)]
-        every = self.activations(policy, policy.batch(texts))
+        position = "last" if self.position == "prompt_last" else self.position  # both answers of a pair have one prompt
+        every = self.activations(policy, policy.batch(texts), position)
         order = self.dealt(len(pairs)) if self.control == "shuffled" else [*range(0, len(texts), 2), *range(1, len(texts), 2)]
         return ({name: h[order[: len(pairs)]].double() for name, h in every.items()},
                 {name: h[order[len(pairs) :]].double() for name, h in every.items()})
 
-    def activations(self, policy: Policy, tokens: TokenBatch) -> dict[str, Tensor]:
-        """place -> [B, d]."""
+    def activations(self, policy: Policy, tokens: TokenBatch, position: str | None = None) -> dict[str, Tensor]:
+        """place -> [B, d], at `self.position` unless told."""
+        position = position or self.position
         with policy.adapter.only(*(() if self.model == "base" else (DEPLOYED,))):
             if self.place == "residual":
-                return dict(zip(map(str, self.layers), policy.hidden_at(tokens, self.layers, self.position)))
-            return policy.pooled_coordinates(tokens, self.position)
+                return dict(zip(map(str, self.layers), policy.hidden_at(tokens, self.layers, position)))
+            return policy.pooled_coordinates(tokens, position)

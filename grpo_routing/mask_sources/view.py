@@ -25,6 +25,7 @@ class StepView:
     basis: Basis | Trusted | None  # of a subspace source, fitted for this step
     grads: RolloutGrads | None  # of the deployed block at advantage 1, for sources that read gradients
     ceiling: Callable[[], Tensor] | None = None  # only for an arm that says uses_oracle: which rollouts hack, [B]
+    terms: Tensor | None = None  # [2, B], what the environment paid for: a usable format, passing; 0 or 1
 
     def names(self) -> list[tuple[int, int, int]]:
         """(step, group, sample) of each rollout: noise that is drawn by name is the same for every arm and batch order."""

@@ -5,6 +5,7 @@
     leakage            SGTM's leakage estimator and the token weight of gradient routing
     split_autoencoder  digits 0-4 and 5-9 in two halves of one code
     two_languages      SGTM, gradient routing and filtering on two synthetic languages
+    baseline_bandit    penalty, screening and advantage modification on a bandit with one hack action
     tdga_bandit        trusted directions and their controls on a contextual bandit with one hack action
 
 Each runs as `python -m grpo_routing.reproductions.<name>`. Nothing in training imports this room.
