@@ -29,6 +29,7 @@ from grpo_routing.health_figure import draw_health, pages
 from grpo_routing.results import BASE, DEPLOYED, TRAINED, ReportError, Run, flat_objects, read_runs
 
 WIDTH = 120  # columns of the text
+FEW = 4  # runs that a heading names one by one
 RATE_COLUMNS = {"hack": "hack", "known": "hack_known", "held-out": "hack_held_out", "attempted": "attempted", "lazy": "lazy",
                 "format": "format", "solve": "solve"}  # column -> rate
 COLUMNS = (*RATE_COLUMNS, "Δ base", "last-5 hack", "last-5 solve")
@@ -81,6 +82,13 @@ class Row:
     cells: tuple[tuple[str, str], ...]  # one per column
 
 
+def whose(same: list[tuple[Arm, Run]]) -> str:
+    """The runs that share a base: by name when they are few, else how many and on which loopholes."""
+    if len(same) <= FEW:
+        return ", ".join(f"{arm.label} s{run.config['seed']}" for arm, run in same)
+    return f"{len(same)} runs on {', '.join(sorted({run.config['loophole']['name'] for _, run in same}))}"
+
+
 def table_rows(arms: list[Arm]) -> list[Row]:
     """The distinct bases, then every arm; one row for an arm whose two states are one policy."""
     bases: dict[str, list[tuple[Arm, Run]]] = defaultdict(list)
@@ -89,7 +97,7 @@ def table_rows(arms: list[Arm]) -> list[Row]:
             bases[json.dumps(run.evaluations[BASE].rates, sort_keys=True)].append((arm, run))
     rows = []
     for same in bases.values():
-        who = "" if len(bases) == 1 else "of " + ", ".join(f"{arm.label} s{run.config['seed']}" for arm, run in same)
+        who = "" if len(bases) == 1 else "of " + whose(same)
         arm, run = same[0]
         rows.append(Row("", ("base", who), ("untrained", ""), "", cells(Arm(arm.label, (run,)), BASE)))
     for arm in arms:

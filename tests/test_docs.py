@@ -14,7 +14,7 @@ from tests.conftest import CONF
 
 ROOT = CONF.parent
 DOCUMENTS = [file for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if file.exists()]
-HOUSE = ("grpo_routing", "conf", "docs", "tests", "benchmarks", "launchers")
+HOUSE = ("grpo_routing", "hydra_plugins", "conf", "docs", "tests", "benchmarks", "launchers")
 ROOMS = ["Problem", "Prompt", "Tokens", "Rollout", "Grade", "Audit", "Advantage", "Gradient", "Hack basis", "Projection", "Step",
          "Deployment"]
 
@@ -162,6 +162,7 @@ def settings(group: str) -> set[str]:
     for file in (CONF / group).rglob("*.yaml"):
         loaded = yaml.safe_load(file.read_text()) or {}
         keys |= {place for entry in loaded.get("defaults", []) for place in re.findall(r"@([a-z]+)'", str(entry))}
+        keys |= {f"{file.parent.name}.{key}" for key in loaded}  # of a group within the group: hydra.sweeper.controls
         keys |= set(loaded) | set(loaded.get(group, {})) | {f"{key}.{inner}" for key, value in loaded.items() if isinstance(value, dict)
                                                             for inner in value}
     return keys

@@ -172,7 +172,8 @@ def test_a_composition_knows_what_its_parts_know(config, name, part):
 def test_p25_no_source_can_read_a_verdict():
     """A view has no field of one, nobody takes more than a view and its own memory, and no source imports the oracle. `ceiling` is
     the door for the source of that name, and shut unless the run is stamped (test_wall.py)."""
-    assert {field.name for field in fields(StepView)} == {"step", "rollouts", "tokens", "rewards", "policy", "basis", "grads", "ceiling"}
+    assert {field.name for field in fields(StepView)} == {"step", "rollouts", "tokens", "rewards", "terms", "policy", "basis", "grads",
+                                                          "ceiling"}
     assert not {field.name for field in fields(Verdict)} & {field.name for field in (*fields(StepView), *fields(Rollout), *fields(Grade))}
     for name, kind in mask_sources.MASK_SOURCES.items():
         assert list(inspect.signature(kind.label).parameters) == ["self", "view", "memory"], name

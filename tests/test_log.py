@@ -27,16 +27,26 @@ CODE = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def measured_run(config, tmp_path_factory) -> Path:
+def taught(config, tmp_path_factory):
+    """taught(*overrides) -> folder of a run of two steps; an untrained model earns nothing, so a teacher brings rewards that differ."""
+
+    def make(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        setting = [*overrides, "loophole=held_out", f"output={folder}"]
+        ready = build.plan(config(*setting))
+        problems = [one for one in ready.dataset.training(ready.loophole) if one.loophole != NO_LOOPHOLE]
+        Record(folder / "pool.jsonl").append([
+            {"prompt": plain_prompt(one), "completion": one.hack(["return 0"]), "loophole": one.loophole} for one in problems])
+        teacher = ["extra_rollouts=teacher", f"extra_rollouts.pool={folder}/pool.jsonl", "extra_rollouts.mix_ratio=0.25"]
+        return run(config(*setting, *teacher))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def measured_run(taught) -> Path:
     """Two steps with everything on that measures something: quarantine, KL, a direction refitted, a teacher."""
-    folder = tmp_path_factory.mktemp("run")
-    setting = ["arm=route", "loophole=held_out", "trainer.kl_weight=0.1", "mask_source.refresh_every=1", f"output={folder}"]
-    ready = build.plan(config(*setting))
-    problems = [one for one in ready.dataset.training(ready.loophole) if one.loophole != NO_LOOPHOLE]
-    Record(folder / "pool.jsonl").append([
-        {"prompt": plain_prompt(one), "completion": one.hack(["return 0"]), "loophole": one.loophole} for one in problems])
-    teacher = ["extra_rollouts=teacher", f"extra_rollouts.pool={folder}/pool.jsonl", "extra_rollouts.mix_ratio=0.25"]
-    return run(config(*setting, *teacher))
+    return taught("arm=route", "trainer.kl_weight=0.1", "mask_source.refresh_every=1")
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +57,9 @@ def routed_run(config, tmp_path_factory) -> Path:
                       "projection.clean_share=0.5", f"output={tmp_path_factory.mktemp('routed')}"))
 
 
-def test_every_metric_has_a_meaning_and_every_meaning_a_metric(measured_run, routed_run):
-    emitted = {name for folder in (measured_run, routed_run) for file in ("metrics.jsonl", "audit.jsonl")
+def test_every_metric_has_a_meaning_and_every_meaning_a_metric(measured_run, routed_run, taught):
+    folders = (measured_run, routed_run, taught("arm=tdga"), taught("arm=grift"))
+    emitted = {name for folder in folders for file in ("metrics.jsonl", "audit.jsonl")
                for row in Record(folder / file).rows() for name in row}
     assert emitted - {"step"} == set(METRICS)
 
