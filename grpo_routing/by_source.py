@@ -1,8 +1,8 @@
 """Mask sources beside their controls, every loophole held out in turn: `python -m grpo_routing.by_source outputs/sources`.
 
-A row is an arm, a column a held-out loophole: held-out hack / known hack / solve as deployed, mean over seeds. A source that was told
-nothing about loopholes trains the same run whichever is called held out, so its runs stand in every column, read by mode; so do
-those of a control that keeps only a fixed count.
+A row is an arm, a column a held-out loophole: held-out hack / known hack / solve as deployed, mean over seeds. To a source that was
+told nothing about loopholes it makes no difference which is called held out, so its runs stand in every column, read by mode; so do
+those of a control that keeps only a fixed count. (Between rotations problems carry other loopholes, all equally often.)
 Below stand the differences to the control that a source has in the folder, paired by seed: mean and 95 % t-interval over seeds, and over
 all columns together with a seed's columns averaged first, since they share the seed. A last table asks for a match in solve: where in its
 training did the deployed policy of an arm (its anchors) solve most, and how much did it hack there? `--csv FILE` writes one line per run,
@@ -27,6 +27,7 @@ from grpo_routing.files import write_atomic
 from grpo_routing.results import BASE, DEPLOYED, LAST, STATES, TRAINED, ReportError, Run, read_runs
 
 RATES = ("held_out", "known", "solve", "format")
+PLACEBO = "placebo.yaml"  # the pair set that is a control of the others
 COLUMNS = ("arm", "source", "control", "pairs", "told", "held_out_loophole", "seed", "state", *RATES, "run", "code")
 
 
@@ -113,16 +114,23 @@ def page(cells: list[Cell]) -> list[str]:
         lines.append(f"| `{name}` | {'' if control == 'none' else control} | " + " | ".join(texts) + " |")
     lines += ["", "| treatment minus control | control | rate | " + " | ".join(loopholes) + " | all |",
               "|---|---|---|" + "---|" * (len(loopholes) + 1)]
-    for (name, control), own in sorted(rows.items()):
-        if control == "none" or not rows.get((name, "none")):
-            continue
+    for name, control, treatment, against in pairings(rows):
         for rate in ("held_out", "known", "solve"):
             texts = []
             for mode in (*loopholes, None):
-                treated, against = ([cell for cell in part if mode in (None, cell.loophole)] for part in (rows[name, "none"], own))
-                texts.append(difference(paired(treated, against, rate)))
+                parts = ([cell for cell in part if mode in (None, cell.loophole)] for part in (treatment, against))
+                texts.append(difference(paired(*parts, rate)))
             lines.append(f"| `{name}` | {control} | {rate.replace('_', '-')} | " + " | ".join(texts) + " |")
     return lines
+
+
+def pairings(rows: dict[tuple[str, str], list[Cell]]) -> list[tuple[str, str, list[Cell], list[Cell]]]:
+    """Every row with what controls it: the same arm under a control word, or with the placebo pairs. (name, control, runs, its runs)."""
+    found = [(name, control, rows[name, "none"], own) for (name, control), own in sorted(rows.items())
+             if control != "none" and (name, "none") in rows]
+    placebo = {own[0].arm: own for (_, control), own in rows.items() if own[0].pairs == PLACEBO and control == "none"}
+    return found + [(name, "placebo pairs", own, placebo[own[0].arm]) for (name, control), own in sorted(rows.items())
+                    if control == "none" and own[0].arm in placebo and own[0].pairs != PLACEBO]
 
 
 def peaks(runs: list[Run]) -> list[str]:

@@ -37,14 +37,23 @@ def draws(control: str, view: StepView, seed: int) -> Tensor:
     return uniforms([(control, seed, *name) for name in view.names()], 1)[:, 0]
 
 
+def ranked(labels: Labels) -> Tensor:
+    """Rows from the highest flag to the trusted."""
+    return (labels.flagged.double() - labels.trusted.double()).cpu().argsort(descending=True, stable=True)
+
+
 def rate_matched(labels: Labels, noise: Tensor, view: StepView) -> Tensor:
-    return noise.argsort()
+    """The highest flags to the smallest draws: nothing of the source but how many there are reaches the run."""
+    order = torch.empty(len(noise), dtype=torch.long)
+    order[noise.argsort()] = ranked(labels)
+    return order
 
 
 def permuted(labels: Labels, noise: Tensor, view: StepView) -> Tensor:
     order = torch.arange(len(noise))
     for rows in view.groups():
-        order[rows] = torch.tensor(rows)[noise[rows].argsort()]
+        own = torch.tensor(rows)
+        order[own[noise[own].argsort()]] = own[ranked(Labels(labels.flagged[own], labels.trusted[own]))]
     return order
 
 
