@@ -36,7 +36,7 @@ routing: $(VENV)/ready  ## rollout-level routing under an imperfect detector: hu
 	$(PYTHON) -m grpo_routing.report outputs/routing > outputs/routing/report.txt
 
 sources: $(VENV)/ready  ## routing by every mask source and its controls, and by every pair set: hours; it resumes
-	for part in sources sources_untold sources_controls sources_arms pairsets; do $(PYTHON) -m grpo_routing -m experiment=$$part || exit 1; done
+	for part in sources sources_untold sources_controls sources_arms sources_penalty pairsets; do $(PYTHON) -m grpo_routing -m experiment=$$part || exit 1; done
 	$(PYTHON) -m grpo_routing.by_source outputs/sources --figure outputs/sources/figures/sources
 	$(PYTHON) -m grpo_routing.diagnosis outputs/sources
 	$(PYTHON) -m grpo_routing.by_source outputs/pairsets

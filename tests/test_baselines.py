@@ -162,3 +162,13 @@ def test_the_bandit_plays_the_sheets_short_games():
 def test_the_bandit_ends_where_the_sheet_says(name):
     arm, sheet = baseline_bandit.ARMS[name]
     assert float(baseline_bandit.play(arm).mean()) == pytest.approx(sheet, abs=0.03), name
+
+
+def test_t_b3_the_prompts_last_token_is_the_same_for_every_answer(tiny_policy):
+    """So a score read there cannot tell rollouts of a group apart, which is why the paper's own text taken literally does nothing."""
+    policy = tiny_policy()
+    tokens = policy.batch([("add 1 to each", text) for text in ("a", "return xs", "```python\npass\n```")] + [("sum them", "a")])
+    read = {position: policy.hidden_at(tokens, [1], position)[0] for position in ("prompt_last", "last", "mean")}
+    for position, h in read.items():
+        assert torch.allclose(h[0], h[1], atol=1e-9) == torch.allclose(h[0], h[2], atol=1e-9) == (position == "prompt_last")
+    assert not torch.allclose(read["prompt_last"][0], read["prompt_last"][3], atol=1e-3)

@@ -233,7 +233,7 @@ def test_the_basis_of_svd_is_the_direction_itself(tiny_policy):
 @pytest.mark.parametrize(("change", "message"), [
     ({"level": "token"}, "mask_source.level must be gradient or rollout; got 'token'"),
     ({"place": "logits"}, "mask_source.place must be residual or coordinates; got 'logits'"),
-    ({"position": "first"}, "mask_source.position must be mean or last; got 'first'"),
+    ({"position": "first"}, "mask_source.position must be mean or last or prompt_last; got 'first'"),
     ({"model": "trained"}, "mask_source.model must be base or deployed; got 'trained'"),
     ({"statistic": "pca"}, "mask_source.statistic must be mean or t; got 'pca'"),
     ({"layers": ()}, "mask_source.place=residual needs some mask_source.layers"),

@@ -19,7 +19,8 @@ from grpo_routing.mask_sources.controls import OF_LABELS
 from grpo_routing.mask_sources.direction import check_overlap
 from grpo_routing.mask_sources.pairs import Pair, PairFileError, load_pairs
 from grpo_routing.mask_sources.source import ScoreSource
-from grpo_routing.mask_sources.view import Memory
+from grpo_routing.mask_sources.view import Memory, StepView, unknown
+from grpo_routing.types import Labels
 
 OF_PAIRS = ("shuffled", "nonhack", "haar")
 
@@ -77,3 +78,28 @@ class PairSource(ScoreSource):
     def dealt(self, count: int) -> list[int]:
         """Order of the 2 * count completions (hack, clean, hack, ...) under `shuffled`: the first half become the hacks."""
         return random.Random(f"shuffled/{self.seed}").sample(range(2 * count), 2 * count)
+
+
+@dataclass(frozen=True)
+class DirectionSource(PairSource):
+    """A pair source that can serve at two levels: `rollout` scores rollouts along its direction, `gradient` gives a basis for the summed
+    gradient and marks no rollout."""
+
+    level: str
+    kinds = ("subspace", "rollout")
+
+    def __post_init__(self) -> None:
+        if self.level not in ("gradient", "rollout"):
+            raise ValueError(f"mask_source.level must be gradient or rollout; got {self.level!r}")
+        super().__post_init__()
+
+    @property
+    def kind(self) -> str:
+        return "subspace" if self.level == "gradient" else "rollout"
+
+    @property
+    def pilot_batches(self) -> int:
+        return self.calibration.pilot_batches if self.level == "rollout" else 0
+
+    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
+        return (unknown(view), memory) if self.level == "gradient" else super().label(view, memory)

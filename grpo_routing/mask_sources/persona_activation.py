@@ -28,26 +28,24 @@ from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED, generator_for
 from grpo_routing.mask_sources.direction import Fit
-from grpo_routing.mask_sources.pair_source import PairSource
+from grpo_routing.mask_sources.pair_source import DirectionSource
 from grpo_routing.mask_sources.pairs import Pair
-from grpo_routing.mask_sources.view import Memory, StepView, unknown
+from grpo_routing.mask_sources.view import Memory, StepView
 from grpo_routing.policy import Policy
 from grpo_routing.projections.subspace import chance_share
-from grpo_routing.types import Basis, Labels, TokenBatch
+from grpo_routing.types import Basis, TokenBatch
 
-CHOICES = {"level": ("gradient", "rollout"), "place": ("residual", "coordinates"), "position": ("mean", "last", "prompt_last"),
+CHOICES = {"place": ("residual", "coordinates"), "position": ("mean", "last", "prompt_last"),
            "model": ("base", "deployed"), "statistic": ("mean", "t")}
 
 
 @dataclass(frozen=True)
-class PersonaActivation(PairSource):
-    level: str
+class PersonaActivation(DirectionSource):
     place: str
     layers: tuple[int, ...]
     position: str
     model: str
     statistic: str
-    kinds = ("rollout", "subspace")
 
     def __post_init__(self) -> None:
         for name, legal in CHOICES.items():
@@ -61,10 +59,6 @@ class PersonaActivation(PairSource):
         super().__post_init__()
 
     @property
-    def kind(self) -> str:
-        return "subspace" if self.level == "gradient" else "rollout"
-
-    @property
     def reads(self) -> tuple[str, ...]:
         return ("pairs", "activations")
 
@@ -74,19 +68,11 @@ class PersonaActivation(PairSource):
 
     @property
     def controls(self) -> tuple[str, ...]:
-        return ("none", "shuffled", "nonhack", "haar") if self.level == "gradient" else PairSource.controls
+        return ("none", "shuffled", "nonhack", "haar") if self.level == "gradient" else DirectionSource.controls
 
     @property
     def default_control(self) -> str:
         return "haar" if self.level == "gradient" else "rate_matched"
-
-    @property
-    def pilot_batches(self) -> int:
-        return self.calibration.pilot_batches if self.level == "rollout" else 0
-
-    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
-        """A subspace marks no rollout."""
-        return (unknown(view), memory) if self.level == "gradient" else super().label(view, memory)
 
     def score(self, view: StepView, memory: Memory) -> tuple[Tensor, Memory]:
         if "centre" not in memory or (self.model == "deployed" and self.due(view.step)):

@@ -37,23 +37,22 @@ from grpo_routing.mask_sources.direction import (
     random_frames,
     separation,
 )
-from grpo_routing.mask_sources.pair_source import PairSource
+from grpo_routing.mask_sources.pair_source import DirectionSource
 from grpo_routing.mask_sources.pairs import Pair, fingerprint
-from grpo_routing.mask_sources.view import Memory, StepView, unknown
+from grpo_routing.mask_sources.view import Memory, StepView
 from grpo_routing.policy import Policy
 from grpo_routing.projections.subspace import chance_share
-from grpo_routing.types import Basis, Labels
+from grpo_routing.types import Basis
 
 OF_BASIS = ("none", "random", "shuffled", "nonhack", "inverted")
 NOT_OF_THE_FIT = ("cache", "pairs", "refresh_every", "level", "calibration", "measure", "advantage", "overlap_floor", "when_stale")
 
 
 @dataclass(frozen=True)
-class PersonaGradient(PairSource):
+class PersonaGradient(DirectionSource):
     """Fitted with the quarantine ablated. `cache` is a folder; a fit is stored under a hash of the model, the adapter's state, the
     pairs and the settings that shape it."""
 
-    level: str
     measure: str
     advantage: str
     k: int
@@ -61,10 +60,9 @@ class PersonaGradient(PairSource):
     floor: float
     micro_batch: int
     cache: str
-    kinds = ("subspace", "rollout")
 
     def __post_init__(self) -> None:
-        choices = {"level": ("gradient", "rollout"), "measure": ("cosine", "dot"), "advantage": ("unit", "live")}
+        choices = {"measure": ("cosine", "dot"), "advantage": ("unit", "live")}
         for name, legal in choices.items():
             if getattr(self, name) not in legal:
                 raise ValueError(f"mask_source.{name} must be {' or '.join(legal)}; got {getattr(self, name)!r}")
@@ -73,12 +71,8 @@ class PersonaGradient(PairSource):
         super().__post_init__()
 
     @property
-    def kind(self) -> str:
-        return "subspace" if self.level == "gradient" else "rollout"
-
-    @property
     def controls(self) -> tuple[str, ...]:
-        return OF_BASIS if self.level == "gradient" else PairSource.controls
+        return OF_BASIS if self.level == "gradient" else DirectionSource.controls
 
     @property
     def default_control(self) -> str:
@@ -87,14 +81,6 @@ class PersonaGradient(PairSource):
     @property
     def reads(self) -> tuple[str, ...]:
         return ("pairs", *(("gradients",) if self.level == "rollout" else ()), *(("rewards",) if self.advantage == "live" else ()))
-
-    @property
-    def pilot_batches(self) -> int:
-        return self.calibration.pilot_batches if self.level == "rollout" else 0
-
-    def label(self, view: StepView, memory: Memory) -> tuple[Labels, Memory]:
-        """A subspace marks no rollout."""
-        return (unknown(view), memory) if self.level == "gradient" else super().label(view, memory)
 
     def score(self, view: StepView, memory: Memory) -> tuple[Tensor, Memory]:
         held = {name.removeprefix("basis/"): rows for name, rows in memory.items() if name.startswith("basis/")}
