@@ -118,7 +118,7 @@ class Judge:
 
     def __init__(self, run: Finished, sandbox: Sandbox) -> None:
         self.plan = run.plan
-        self.monitor = Detector(run.plan.loophole.known, recall=1.0, false_positive=0.0, noise="iid", seed=0)
+        self.monitor = Detector(control="none", known=run.plan.loophole.known, recall=1.0, false_positive=0.0, noise="iid", seed=0)
         self.grader = Grader(sandbox, run.plan.reward.format_reward, run.plan.reward.pass_reward, memory=100_000)
         self.oracle = Oracle(sandbox, run.plan.dataset.hidden_tests)
 
@@ -126,7 +126,7 @@ class Judge:
         texts = [rollout.text for rollout in rollouts]
         grades = self.grader(problems, texts)
         rows = [Row.of(*judged) for judged in zip(problems, grades, self.oracle(problems, texts, grades))]
-        return Point(Monitored(scale, sum(map(self.monitor.sees, texts)), len(texts)),
+        return Point(Monitored(scale, sum(bool(self.monitor.levers(text)) for text in texts), len(texts)),
                      summary(rows, self.plan.loophole.known, self.plan.loophole.held_out))
 
 

@@ -25,6 +25,7 @@ NEEDS = {  # what an option cannot be built without
     ("mask_source", "logp_gap"): ["adapter.quarantine_rank=2"],
     ("mask_source", "quarantine_activity"): ["adapter.quarantine_rank=2"],
     ("advantage", "weighted"): ["optimizer=split_moment"],
+    ("advantage", "modification"): ["mask_source=persona_activation"],
     ("extra_rollouts", "anchor"): ["adapter.quarantine_rank=2"],
     ("extra_rollouts", "teacher"): ["extra_rollouts.pool={pool}"],
     ("model", "qwen3_0_6b"): ["model.device=cpu"],
