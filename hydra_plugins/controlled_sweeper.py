@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 
 from grpo_routing.build import ConfigError, Plan, plan
+from grpo_routing.projections import MeasureOnly
 
 log = logging.getLogger("grpo_routing")
 CHOICES = ("add", "refuse", "none")
@@ -76,7 +77,7 @@ class ControlledSweeper(BasicSweeper):
 def control_of(ready: Plan) -> str | None:
     """The control that a run needs beside it; None for one that is no treatment, or a control, or stamped as cheating."""
     source, projection = ready.mask_source, ready.projection
-    acts = type(projection).__name__ != "MeasureOnly" or {"flags", "scores"} & set(ready.advantage.reads) or ready.extra_rollouts.groups
+    acts = not isinstance(projection, MeasureOnly) or {"flags", "scores"} & set(ready.advantage.reads) or ready.extra_rollouts.groups
     if source.kind == "none" or source.control != "none" or source.uses_oracle or not acts:
         return None
     return source.default_control

@@ -59,10 +59,6 @@ class AdaptedModule(nn.Module, ABC):
     def unfold(self) -> None:
         """Undo `fold`, bit for bit."""
 
-    def coordinates(self, x: Tensor) -> Tensor:
-        """The input in the deployed block's own coordinates, [b, T, r]; adapters that have some say `has_coordinates`."""
-        raise NotImplementedError(f"{type(self).__name__} has no coordinates")
-
     def foldable(self, block: str) -> bool:
         """Whether the branch is a change of weights; one behind a gate is not."""
         return True

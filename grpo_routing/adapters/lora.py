@@ -75,6 +75,7 @@ class LoraLinear(AdaptedLinear):
         return torch.sigmoid(logits)
 
     def coordinates(self, x: Tensor) -> Tensor:
+        """The input in the deployed block's own coordinates, [b, T, r]; the adapter says `has_coordinates`."""
         return nn.functional.linear(x, self.blocks[DEPLOYED]["A"])
 
     def outputs_along(self, v: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class SvdLinear(AdaptedLinear):
         return self.inner(block, x @ vh.T * knob.unsqueeze(-2)) @ u.T
 
     def coordinates(self, x: Tensor) -> Tensor:
+        """The input in the deployed block's own coordinates, [b, T, r]; the adapter says `has_coordinates`."""
         return x @ getattr(self, f"vh_{DEPLOYED}").T
 
     def outputs_along(self, v: Tensor) -> Tensor:
