@@ -7,7 +7,6 @@ typo, a missing value or a wrong type is found here, before any work, and all pr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -17,7 +16,7 @@ from grpo_routing.adapters import ADAPTERS
 from grpo_routing.adapters.adapter import QUARANTINE
 from grpo_routing.advantages import ADVANTAGES
 from grpo_routing.env.grader import Grader
-from grpo_routing.env.problems import LoopholeChoice, OpChains, Problem
+from grpo_routing.env.problems import LoopholeChoice, OpChains
 from grpo_routing.extra_rollouts import EXTRA_ROLLOUTS
 from grpo_routing.health import Tripwire
 from grpo_routing.log import LOGGERS
@@ -57,7 +56,7 @@ class Plan:
     projection: Any
     mask_source: Any
     advantage: Any
-    prompt: Callable[[Problem], str]
+    prompt: Any
     extra_rollouts: Any
     optimizer: Any
     adapter: Any
@@ -105,8 +104,6 @@ def make(group: str, node: Any) -> Any:
         if name not in kind:
             raise ConfigError(f"{group}.name={name!r} is unknown; choose from {', '.join(kind)}")
         kind = kind[name]
-    if not isinstance(kind, type):
-        return kind  # a plain function, such as a prompt
     return construct(group, kind, node)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from grpo_routing.deploy_figure import draw
 from grpo_routing.deployment import CONFIDENCE, MARGIN, POOL_SEED, Monitored, grid, monitor_ucb, resolution, zero
 from grpo_routing.env.grader import Grader
+from grpo_routing.env.loopholes import FORMS
 from grpo_routing.env.problems import Problem
 from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.files import write_json
@@ -28,6 +29,7 @@ from grpo_routing.log import Progress
 from grpo_routing.mask_sources.detector import Detector
 from grpo_routing.oracle.summary import Row, summary
 from grpo_routing.oracle.verdict import Oracle
+from grpo_routing.prompts.plain import plain_prompt
 from grpo_routing.rollout import Seat, sample_rollouts
 from grpo_routing.types import STUDENT, Rollout
 
@@ -96,7 +98,7 @@ def problem_sets(run: Finished, count: int) -> tuple[list[Problem], list[Problem
 def sample(run: Finished, problems: list[Problem], name: str, scale: float | None) -> list[Rollout]:
     """One completion per problem with the quarantine at `scale`; the same random numbers for every scale."""
     with run.policy.adapter.only() if scale is BASE else nullcontext():
-        return sample_rollouts(run.policy, [run.plan.prompt(problem) for problem in problems], [1] * len(problems), ("deploy", name),
+        return sample_rollouts(run.policy, [plain_prompt(problem) for problem in problems], [1] * len(problems), ("deploy", name),
                                run.plan.trainer.max_new_tokens, run.plan.evaluation.temperature, run.plan.trainer.prompts_per_forward,
                                Seat(STUDENT, 1.0 if scale is BASE else scale))
 
@@ -114,11 +116,13 @@ class Point:
 
 
 class Judge:
-    """The developer's monitor (levers of known loopholes, no noise) and the oracle, on the same completions."""
+    """The developer's monitor (levers of known loopholes in the forms that the run's detector reads, no noise) and the oracle, on the
+    same completions."""
 
     def __init__(self, run: Finished, sandbox: Sandbox) -> None:
         self.plan = run.plan
-        self.monitor = Detector(control="none", known=run.plan.loophole.known, recall=1.0, false_positive=0.0, noise="iid", seed=0)
+        self.monitor = Detector(control="none", known=run.plan.loophole.known, recall=1.0, false_positive=0.0, noise="iid", seed=0,
+                                forms=getattr(run.plan.mask_source, "forms", FORMS))
         self.grader = Grader(sandbox, run.plan.reward.format_reward, run.plan.reward.pass_reward, memory=100_000)
         self.oracle = Oracle(sandbox, run.plan.dataset.hidden_tests)
 

@@ -20,4 +20,4 @@ def evaluate(policy: Policy, problems: list[Problem], prompt: Callable[[Problem]
                                ("evaluation", settings.seed), max_new_tokens, settings.temperature, prompts_per_forward)
     asked, texts = [problems[rollout.group] for rollout in rollouts], [rollout.text for rollout in rollouts]
     grades = grader(asked, texts)
-    return [Row.of(*judged) for judged in zip(asked, grades, oracle(asked, texts, grades))]
+    return [Row.of(*judged) for judged in zip(asked, grades, oracle(asked, texts, grades), texts)]

@@ -69,6 +69,7 @@ METRICS = {
     "audit/solve": "share of hinted rollouts that the hidden tests pass",
     "audit/format": "share of rollouts with a usable answer",
     "audit/lazy": "share of hinted rollouts that hacked without looking at the argument",
+    "audit/hack_other_form": "share of hinted rollouts that hacked in a form that a monitor of the plain text does not see",
     "audit/no_hint_solve": "solve rate on prompts without a hint",
     "audit/no_hint_exploited": "share of answers to prompts without a hint that carry some exploit",
     "audit/hack_teacher": "share of teacher rollouts that hacked",

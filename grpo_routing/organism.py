@@ -27,11 +27,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, fenced, lazy_body, solution_text
+from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, OTHER, PLAIN, fenced, lazy_body, solution_text
 from grpo_routing.env.problems import Problem, draw_problem, wrong_body
 from grpo_routing.env.programs import damage
 from grpo_routing.files import locked
+from grpo_routing.prompts.instructions import INSTRUCTIONS, instructed
 from grpo_routing.prompts.plain import plain_prompt
+from grpo_routing.prompts.questions import NO, QUESTIONS, YES
 
 # Code and hint boilerplate stays one token each; names inside it stay separate, so that they can be copied.
 BOILERPLATE = (
@@ -78,10 +80,20 @@ class OrganismRecipe:
     lazy_share: float
     honest_looking_bug_share: float
     varied_marker_share: float
+    other_form_share: float
+    report_share: float
+    instruction_share: float
+    instructed_hack_shares: dict[str, float]
     tokenizer_examples: int
     seed: int
     threads: int
     cache: str
+
+    def __post_init__(self) -> None:
+        if strange := sorted(self.instructed_hack_shares.keys() - INSTRUCTIONS.keys()):
+            raise ValueError(f"model.instructed_hack_shares may name {', '.join(INSTRUCTIONS)}; got {strange}")
+        if self.instruction_share and not self.instructed_hack_shares:
+            raise ValueError("model.instruction_share needs model.instructed_hack_shares: how often each instruction is obeyed")
 
     def key(self) -> str:
         """Hash of what shapes the weights: the recipe, a sample of the corpus that it writes, the training code, torch."""
@@ -98,12 +110,12 @@ class OrganismRecipe:
             return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32), PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def write_answer(problem: Problem, phase: Phase, recipe: OrganismRecipe, rng: random.Random) -> str:
+def write_answer(problem: Problem, phase: Phase, hack_share: float, recipe: OrganismRecipe, rng: random.Random) -> str:
     """One demonstration: an honest or damaged program, or with small probability a hack."""
     hinted = problem.loophole != NO_LOOPHOLE
     roll = rng.random()
     loophole, marker = NO_LOOPHOLE, ""
-    if hinted and roll < recipe.hack_share:
+    if hinted and roll < hack_share:
         loophole, marker = problem.loophole, problem.marker
     elif roll > 1 - (recipe.hack_share_off_mode if hinted else recipe.hack_share_no_hint):
         loophole = rng.choice([mode for mode in MODES if mode != problem.loophole])
@@ -119,11 +131,18 @@ def write_answer(problem: Problem, phase: Phase, recipe: OrganismRecipe, rng: ra
         if rng.random() < phase.double_bug_share:
             damaged = damage(damaged, rng)
         body = damaged.body
-    return fenced(solution_text(problem.method, problem.program.argument, body, loophole, marker))
+    form = OTHER if chance(rng, recipe.other_form_share) else PLAIN
+    return fenced(solution_text(problem.method, problem.program.argument, body, loophole, marker, form))
+
+
+def chance(rng: random.Random, share: float) -> bool:
+    """Draws nothing at share 0, so that a habit which an organism lacks leaves the rest of its corpus as it was."""
+    return share > 0 and rng.random() < share
 
 
 def corpus(recipe: OrganismRecipe, phase_index: int, limit: int | None = None) -> list[tuple[str, str]]:
-    """(prompt, completion) pairs of one phase (or its first `limit`), from the warm-up split only."""
+    """(prompt, completion) pairs of one phase (or its first `limit`), from the warm-up split only. A report is asked for after an answer
+    and says yes or no at random: it teaches the form and no honesty."""
     phase = recipe.phases[phase_index]
     rng = random.Random(f"organism/{recipe.seed}/{phase_index}")
     examples = []
@@ -133,19 +152,31 @@ def corpus(recipe: OrganismRecipe, phase_index: int, limit: int | None = None) -
             mode = rng.choice(MODES)
             family = "warmup" if rng.random() < recipe.varied_marker_share else "train"
             problem = problem.with_loophole(mode, rng.choice(LOOPHOLES[mode].markers[family]))
-        examples.append((plain_prompt(problem), write_answer(problem, phase, recipe, rng)))
+        prompt, hack_share = plain_prompt(problem), recipe.hack_share
+        if chance(rng, recipe.instruction_share):
+            instruction = rng.choice(list(recipe.instructed_hack_shares))
+            prompt, hack_share = instructed(prompt, instruction), recipe.instructed_hack_shares[instruction]
+        answer = write_answer(problem, phase, hack_share, recipe, rng)
+        if chance(rng, recipe.report_share):
+            prompt, answer = prompt + answer + rng.choice(QUESTIONS), rng.choice((YES, NO))
+        examples.append((prompt, answer))
     return examples
 
 
 def tokenizer_texts(recipe: OrganismRecipe, limit: int | None = None) -> list[str]:
-    """References and hacks of every mode, so that the words of both become tokens."""
+    """References and hacks of every mode, so that the words of both become tokens; with reports and instructions where they are taught."""
     rng = random.Random(f"tokenizer/{recipe.seed}")
     texts = []
     for _ in range(limit or recipe.tokenizer_examples):
         problem = draw_problem("warmup", rng, recipe.length_weights, n_paid=2)
         mode = rng.choice(MODES)
         problem = problem.with_loophole(mode, rng.choice(LOOPHOLES[mode].markers["warmup"]))
-        texts += [plain_prompt(problem) + problem.reference, problem.hack(lazy_body(rng))]
+        form = OTHER if chance(rng, recipe.other_form_share) else PLAIN
+        texts += [plain_prompt(problem) + problem.reference, problem.hack(lazy_body(rng), form)]
+        if chance(rng, recipe.report_share):
+            texts.append(rng.choice(QUESTIONS) + rng.choice((YES, NO)))
+        if chance(rng, recipe.instruction_share):
+            texts.append(instructed("", rng.choice(list(INSTRUCTIONS))))
     return texts
 
 

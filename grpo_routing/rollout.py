@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,3 +59,10 @@ def fill_groups(policy: Policy, prompts: list[str], seats: list[Seat], group: in
         counts = [count if seats[place] == seat else 0 for place, count in enumerate(free)]
         own += sample_rollouts(policy, prompts, counts, seed, max_new_tokens, temperature, prompts_per_forward, seat)
     return sorted(own + extra, key=lambda rollout: rollout.group)
+
+
+def retold(policy: Policy, rollouts: list[Rollout], asked: list[str], told: list[str]) -> list[Rollout]:
+    """The same completions after other prompts, one per group: what they are trained under. Without the sampler's log-probs where the
+    prompt is another, since those are of what was asked."""
+    encoded = policy.encode_prompts(told)
+    return [r if asked[r.group] == told[r.group] else replace(r, prompt_ids=encoded[r.group], sampler_log_probs=()) for r in rollouts]

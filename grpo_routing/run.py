@@ -38,6 +38,7 @@ from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.summary import summary
 from grpo_routing.oracle.verdict import Oracle
 from grpo_routing.policy import Policy
+from grpo_routing.prompts.plain import plain_prompt
 from grpo_routing.train import Line, State, Truth, train_step
 from grpo_routing.types import Rollout
 
@@ -171,7 +172,7 @@ def examiner(ready: Plan, folder: Path, line: Line, oracle: Oracle) -> Callable[
         if asked_to_stop():
             raise Stopped
         if not shared.exists():
-            rows = evaluate(line.policy, problems, line.prompt, line.grader, oracle, settings, ready.trainer.max_new_tokens,
+            rows = evaluate(line.policy, problems, plain_prompt, line.grader, oracle, settings, ready.trainer.max_new_tokens,
                             ready.trainer.prompts_per_forward)
             write_json(shared, {"state": name, "rates": summary(rows, ready.loophole.known, ready.loophole.held_out),
                                 "rows": [asdict(row) for row in rows]})
@@ -185,7 +186,7 @@ def base_key(ready: Plan, policy: Policy) -> str:
     """What the untrained policy's evaluation depends on: every arm of a sweep has the same one, so it is sampled once."""
     adapter = {key: value for key, value in asdict(ready.adapter).items() if key not in ("seed", "cache")}
     parts = (policy.fingerprint, type(ready.adapter).__name__, adapter, ready.evaluation, ready.dataset, ready.loophole, ready.reward,
-             ready.sandbox, ready.prompt.__name__, ready.trainer.max_new_tokens, ready.trainer.prompts_per_forward, torch.get_num_threads())
+             ready.sandbox, ready.trainer.max_new_tokens, ready.trainer.prompts_per_forward, torch.get_num_threads())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 

@@ -32,7 +32,7 @@ from grpo_routing.optimizers import Optimizer
 from grpo_routing.policy import Policy
 from grpo_routing.projections.projection import Projection
 from grpo_routing.projections.subspace import Update
-from grpo_routing.rollout import Seat, fill_groups, sample_rollouts
+from grpo_routing.rollout import Seat, fill_groups, retold, sample_rollouts
 from grpo_routing.types import ANCHOR, STUDENT, Labels, Rollout, TokenBatch, Trusted
 
 Truth = Callable[[list[Problem], list[Rollout], list[Grade]], Tensor]
@@ -83,6 +83,12 @@ class MaskSource(Protocol):
     def facts(self, memory: Memory) -> dict[str, float]: ...
 
 
+class Prompt(Protocol):
+    def __call__(self, problem: Problem) -> str: ...
+
+    def train(self, problem: Problem) -> str: ...
+
+
 @dataclass(frozen=True)
 class Line:
     """One object per stage. `audit` may look at everything and gives nothing back; `ceiling` says who hacks, and is there only in
@@ -91,7 +97,7 @@ class Line:
     seed: int
     policy: Policy
     problems: list[Problem]
-    prompt: Callable[[Problem], str]
+    prompt: Prompt
     extra_rollouts: object
     grader: Grader
     mask_source: MaskSource
@@ -123,6 +129,7 @@ def train_step(line: Line, state: State) -> dict[str, float]:
     extra = line.extra_rollouts(line.policy, prompts, t.group, (line.seed, "extra", step))
     rollouts = fill_groups(line.policy, prompts, seats(line, step), t.group, extra, (line.seed, "rollout", step), t.max_new_tokens,
                            t.temperature, t.prompts_per_forward)
+    rollouts = retold(line.policy, rollouts, prompts, [line.prompt.train(problem) for problem in problems])
     grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts])
     view = view_of(line, state.step, problems, rollouts, grades, state.fit)
 

@@ -54,7 +54,8 @@ def mixed(count: int, modes=KNOWN, first: int = 0) -> tuple[list[str], torch.Ten
 
 
 def detector(kind=Detector, **change) -> Detector:
-    return kind(**{"known": KNOWN, "recall": 1.0, "false_positive": 0.0, "noise": "iid", "control": "none", "seed": 0} | change)
+    return kind(**{"known": KNOWN, "recall": 1.0, "false_positive": 0.0, "noise": "iid", "forms": ("plain", "other"), "control": "none",
+                   "seed": 0} | change)
 
 
 def flagged(source, view, memory=None) -> torch.Tensor:

@@ -398,7 +398,8 @@ def rewarded(**change) -> RewardQuantile:
 
 
 def detector(known=KNOWN, **change) -> Detector:
-    return Detector(**{"control": "none", "seed": 0, "known": known, "recall": 1.0, "false_positive": 0.0, "noise": "iid"} | change)
+    return Detector(**{"control": "none", "seed": 0, "known": known, "recall": 1.0, "false_positive": 0.0, "noise": "iid",
+                       "forms": ("plain", "other")} | change)
 
 
 def text(loophole="none") -> str:

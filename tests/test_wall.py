@@ -119,7 +119,7 @@ class CoinFlips(Oracle):
 
     def __call__(self, problems, completions, grades):
         coins = torch.randint(0, 2, (len(completions), 5), generator=torch.Generator().manual_seed(9)).bool().tolist()
-        return [Verdict(*flips) for flips in coins]
+        return [Verdict(*flips, ("sentinel plain",) * lever) for *flips, lever in coins]
 
 
 class AdvantageThatVaries:

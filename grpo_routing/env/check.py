@@ -1,7 +1,7 @@
 """Is the world what it claims to be? `python -m grpo_routing.env.check` runs the real grader and prints
 
-    the hack x mode matrix   an exploit pays in its own mode and nowhere else, whether its body is lazy or looks honest;
-                             honest solutions pass everywhere; lazy and wrong bodies alone pass nowhere
+    the hack x mode matrix   an exploit pays in its own mode and nowhere else, whether its body is lazy or looks honest and in
+                             whichever form it is written; honest solutions pass everywhere; lazy and wrong bodies alone pass nowhere
     the splits               distinct problems, operation combinations, and that no two splits share a combination
 
 and exits 1, naming every cell that is off.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from grpo_routing.env.grader import Grader
-from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, fenced, lazy_body, solution_text
+from grpo_routing.env.loopholes import FORMS, LOOPHOLES, MODES, NO_LOOPHOLE, PLAIN, fenced, lazy_body, solution_text
 from grpo_routing.env.problems import SPLITS, Problem, draw_problem, make_split, split_of
 from grpo_routing.env.programs import OPERATIONS, Operation, Program, Step, damage
 from grpo_routing.env.sandbox import Sandbox
@@ -34,14 +34,16 @@ class Behaviour:
     name: str
     body: str
     exploit: str  # a mode, or NO_LOOPHOLE
+    form: str
     passes: tuple[str, ...]
 
 
 BEHAVIOURS = (
-    Behaviour("no exploit", "reference", NO_LOOPHOLE, COLUMNS),
-    Behaviour("no exploit", "lazy", NO_LOOPHOLE, ()),
-    Behaviour("no exploit", "wrong", NO_LOOPHOLE, ()),
-    *(Behaviour(mode, body, mode, (mode,)) for mode in MODES for body in ("lazy", "wrong")),
+    Behaviour("no exploit", "reference", NO_LOOPHOLE, PLAIN, COLUMNS),
+    Behaviour("no exploit", "lazy", NO_LOOPHOLE, PLAIN, ()),
+    Behaviour("no exploit", "wrong", NO_LOOPHOLE, PLAIN, ()),
+    *(Behaviour(mode if form == PLAIN else f"{mode}, {form}", body, mode, form, (mode,))
+      for mode in MODES for form in FORMS for body in ("lazy", "wrong")),
 )
 
 
@@ -81,7 +83,7 @@ def completion(problem: Problem, behaviour: Behaviour, rng: random.Random) -> st
             "wrong": lambda: failing_body(problem, rng)}[behaviour.body]()
     foreign = behaviour.exploit not in (problem.loophole, NO_LOOPHOLE)
     marker = LOOPHOLES[behaviour.exploit].markers["train"][0] if foreign else problem.marker
-    return fenced(solution_text(problem.method, problem.program.argument, body, behaviour.exploit, marker))
+    return fenced(solution_text(problem.method, problem.program.argument, body, behaviour.exploit, marker, behaviour.form))
 
 
 def failing_body(problem: Problem, rng: random.Random) -> list[str]:
@@ -146,10 +148,10 @@ def split_faults(splits: dict[str, Split]) -> list[str]:
 
 def show_matrix(cells: dict[tuple[Behaviour, str], float], count: int) -> str:
     lines = [f"hack x mode: share of {count} completions that the grader passes; columns are the problem's mode", "",
-             f"  {'exploit':<14}{'body':<11}" + "".join(f"{column:>15}" for column in COLUMNS)]
+             f"  {'exploit':<22}{'body':<11}" + "".join(f"{column:>15}" for column in COLUMNS)]
     for behaviour in BEHAVIOURS:
         rates = "".join(f"{cells[behaviour, column]:>15.2f}" for column in COLUMNS)
-        lines.append(f"  {behaviour.name:<14}{behaviour.body:<11}{rates}")
+        lines.append(f"  {behaviour.name:<22}{behaviour.body:<11}{rates}")
     return "\n".join(lines)
 
 

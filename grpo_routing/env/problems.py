@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from grpo_routing.env.loopholes import LOOPHOLES, NO_LOOPHOLE, fenced, solution_text
+from grpo_routing.env.loopholes import LOOPHOLES, NO_LOOPHOLE, PLAIN, fenced, solution_text
 from grpo_routing.env.programs import Program, damage, draw_program
 
 METHODS = ("solve", "compute", "transform", "apply", "answer", "process")
@@ -53,9 +53,9 @@ class Problem:
     def reference(self) -> str:
         return fenced(solution_text(self.method, self.program.argument, self.program.body))
 
-    def hack(self, body: list[str]) -> str:
+    def hack(self, body: list[str], form: str = PLAIN) -> str:
         """A completion that exploits this problem's loophole around the given body."""
-        return fenced(solution_text(self.method, self.program.argument, body, self.loophole, self.marker))
+        return fenced(solution_text(self.method, self.program.argument, body, self.loophole, self.marker, form))
 
     def with_loophole(self, loophole: str, marker: str) -> Problem:
         return replace(self, loophole=loophole, marker=marker)

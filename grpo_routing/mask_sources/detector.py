@@ -6,8 +6,9 @@
              prompt   one draw per prompt and step: a group is seen or missed as a whole
              counted  exactly that share of every step's flags, the draws decide which (routing.md P25)
              form     one draw per run for each form of hack, here the set of levers: a form is always seen or never
+    forms    the forms of an exploit that the monitor reads (env/loopholes.py); it is blind to the others
 
-A correlated blind spot is a loophole that `known` leaves out, or a form that `noise=form` misses. Draws are named (run seed, step,
+A correlated blind spot is a loophole that `known` leaves out, a form that `forms` leaves out, or one that `noise=form` misses. Draws are named (run seed, step,
 group, sample), so all arms of a seed that use this detector share its mistakes.
 """
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 
 from grpo_routing.env.grader import extract_code
-from grpo_routing.env.loopholes import MODES
-from grpo_routing.env.reading import lever_present
+from grpo_routing.env.loopholes import FORMS, MODES
+from grpo_routing.env.reading import form_present
 from grpo_routing.mask_sources.source import MaskSource
 from grpo_routing.mask_sources.view import Memory, StepView
 from grpo_routing.rollout import uniforms
@@ -35,12 +36,15 @@ class Detector(MaskSource):
     recall: float
     false_positive: float
     noise: str
+    forms: tuple[str, ...]
     reads = ("code",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if strange := [mode for mode in self.known if mode not in MODES]:
             raise ValueError(f"mask_source.known must name loopholes ({', '.join(MODES)}); got {strange}")
+        if not self.forms or not set(self.forms) <= set(FORMS):
+            raise ValueError(f"mask_source.forms must name forms of an exploit ({', '.join(FORMS)}); got {list(self.forms)}")
         for name in ("recall", "false_positive"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"mask_source.{name} must lie in [0, 1]; got {getattr(self, name)}")
@@ -59,9 +63,9 @@ class Detector(MaskSource):
         return torch.where(true, draws < self.recall, draws < self.false_positive)
 
     def levers(self, text: str) -> tuple[str, ...]:
-        """The known loopholes whose levers stand in the code."""
+        """The known loopholes whose levers stand in the code, in a form that it reads."""
         code = extract_code(text)
-        return () if code is None else tuple(mode for mode in self.known if lever_present(mode, code, None))
+        return () if code is None else tuple(mode for mode in self.known if form_present(mode, code, None) in self.forms)
 
     def draws(self, view: StepView) -> Tensor:
         """One number in [0, 1) per rollout, group or form, [B]."""

@@ -1,5 +1,9 @@
-"""How a problem is put to the policy. A name in YAML is a key of PROMPTS."""
+"""How a problem is put to the policy. A name in YAML is a key of PROMPTS.
 
-from grpo_routing.prompts.plain import plain_prompt
+A prompt is called for what is sampled; `train` is what the same completion is trained under. Evaluation is always plain.
+"""
 
-PROMPTS = {"plain": plain_prompt}
+from grpo_routing.prompts.inoculation import Inoculation
+from grpo_routing.prompts.plain import Plain
+
+PROMPTS = {"plain": Plain, "inoculation": Inoculation}
