@@ -6,7 +6,8 @@ The reference policy of the KL is the same model with all blocks off; there is n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 
 import torch
@@ -108,6 +109,22 @@ class Policy:
     def hidden_states(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
         """The embedding and the output of every layer, [b, T, d] each."""
         return self.model.get_decoder()(input_ids=tokens.ids, use_cache=False, output_hidden_states=True).hidden_states
+
+    @property
+    def depth(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.model.get_decoder().layers)
+
+    @contextmanager
+    def edited(self, edits: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Within, every forward goes on from edits[l](h) in place of h, the output of decoder layer l (counted from 1)."""
+        layers = self.model.get_decoder().layers
+        handles = [layers[layer - 1].register_forward_hook(lambda module, inputs, h, edit=edit: edit(h)) for layer, edit in edits.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def pooled_coordinates(self, tokens: TokenBatch, position: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -89,6 +90,10 @@ class Prompt(Protocol):
     def train(self, problem: Problem) -> str: ...
 
 
+class Sampling(Protocol):
+    def during(self, policy: Policy) -> AbstractContextManager[None]: ...
+
+
 @dataclass(frozen=True)
 class Line:
     """One object per stage. `audit` may look at everything and gives nothing back; `ceiling` says who hacks, and is there only in
@@ -98,6 +103,7 @@ class Line:
     policy: Policy
     problems: list[Problem]
     prompt: Prompt
+    sampling: Sampling
     extra_rollouts: object
     grader: Grader
     mask_source: MaskSource
@@ -127,8 +133,9 @@ def train_step(line: Line, state: State) -> dict[str, float]:
     problems = batch_of(line, step)
     prompts = [line.prompt(problem) for problem in problems]
     extra = line.extra_rollouts(line.policy, prompts, t.group, (line.seed, "extra", step))
-    rollouts = fill_groups(line.policy, prompts, seats(line, step), t.group, extra, (line.seed, "rollout", step), t.max_new_tokens,
-                           t.temperature, t.prompts_per_forward)
+    with line.sampling.during(line.policy):
+        rollouts = fill_groups(line.policy, prompts, seats(line, step), t.group, extra, (line.seed, "rollout", step), t.max_new_tokens,
+                               t.temperature, t.prompts_per_forward)
     rollouts = retold(line.policy, rollouts, prompts, [line.prompt.train(problem) for problem in problems])
     grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts])
     view = view_of(line, state.step, problems, rollouts, grades, state.fit)
