@@ -21,19 +21,39 @@ def modified(form="multiplicative", alpha=2.0, scores=S, rewards=R, scale="sampl
     return Modification(form, alpha, 0.1, scale, 0.0)(rewards, NO, 1 - NO, scores)
 
 
+def screening(scale="none", floor=0.0, label="loose", denominator="batch"):
+    return Screening(scale, floor, label, denominator)
+
+
 @pytest.mark.parametrize(("dropped", "expected"), [
     ([0, 0, 0, 0], [1.5, -0.5, -0.5, -0.5]), ([1, 0, 0, 0], [0, 0, 0, 0]), ([0, 1, 1, 1], [0, 0, 0, 0]), ([1, 1, 1, 1], [0, 0, 0, 0])])
 def test_t_a3_screening_takes_its_statistics_from_those_that_are_left(dropped, expected):
     rewards = torch.tensor([[3.5, 0.5, 0.5, 0.5]], dtype=F64)
-    values = Screening("sample", 0.0)(rewards, torch.tensor([dropped], dtype=F64), 1 - NO)
+    values = screening("sample", 0.0)(rewards, torch.tensor([dropped], dtype=F64), 1 - NO)
     assert values.tolist()[0] == pytest.approx(expected)
 
 
 def test_screened_rollouts_do_not_move_the_mean_of_the_others():
     rewards, flags = torch.tensor([[9.0, 1.0, 2.0, 3.0]], dtype=F64), torch.tensor([[1.0, 0, 0, 0]], dtype=F64)
-    assert Screening("none", 0.0)(rewards, flags, 1 - flags).tolist() == [[0.0, -1.0, 0.0, 1.0]]
+    assert screening("none", 0.0)(rewards, flags, 1 - flags).tolist() == [[0.0, -1.0, 0.0, 1.0]]
     nothing = torch.zeros_like(flags)
-    assert torch.equal(Screening("sample", 1e-6)(rewards, nothing, 1 - nothing), Grpo(1e-6)(rewards, nothing, 1 - nothing))
+    assert torch.equal(screening("sample", 1e-6)(rewards, nothing, 1 - nothing), Grpo(1e-6)(rewards, nothing, 1 - nothing))
+
+
+def test_the_strict_label_screens_flagged_rollouts_that_were_paid():
+    rewards, flags = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=F64), torch.tensor([[1.0, 1, 0, 0]], dtype=F64)
+    terms = torch.stack([torch.ones_like(rewards), rewards])  # paid where the reward says so
+    assert screening()(rewards, flags, 1 - flags, terms).tolist() == [[0.0, 0.0, 0.5, -0.5]]
+    strict = screening(label="strict")(rewards, flags, 1 - flags, terms)
+    assert strict.tolist()[0] == pytest.approx([0.0, -1 / 3, 2 / 3, -1 / 3])
+
+
+def test_the_denominator_of_those_that_are_kept_makes_up_for_those_that_left():
+    rewards, flags = torch.tensor([[1.0, 0, 1, 0], [1.0, 0, 0, 0]], dtype=F64), torch.tensor([[1.0, 1, 0, 0], [0.0, 0, 0, 0]], dtype=F64)
+    batch, kept = (screening(denominator=name)(rewards, flags, 1 - flags) for name in ("batch", "kept"))
+    assert torch.allclose(kept, batch * 8 / 6, rtol=0, atol=1e-12)
+    everyone = torch.ones_like(flags)
+    assert screening(denominator="kept")(rewards, everyone, 1 - everyone).tolist() == [[0.0] * 4] * 2
 
 
 @pytest.mark.parametrize("form", ["threshold", "progressive"])
@@ -132,7 +152,9 @@ def test_t_h4_the_estimators_answer_to_an_affine_change_of_reward():
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: Screening("all", 0.1), "advantage.scale must be none or sample; got 'all'"),
+    (lambda: screening("all"), "advantage.scale must be none or sample; got 'all'"),
+    (lambda: screening(label="lax"), "advantage.label must be loose or strict; got 'lax'"),
+    (lambda: screening(denominator="none"), "advantage.denominator must be batch or kept; got 'none'"),
     (lambda: Modification("square", 1.0, 0.1, "none", 0.0), "advantage.form must be additive or multiplicative"),
     (lambda: Modification("additive", -1.0, 0.1, "none", 0.0), "advantage.alpha must be at least 0"),
     (lambda: MoGrpo(0.0), "advantage.floor must be positive; got 0.0"),

@@ -20,7 +20,7 @@ from grpo_routing.advantages import Grpo, Modification, Penalty, Screening
 HACK, TRY, FAIL = range(3)
 START = (0.01, 0.12, 0.87)
 GROUPS, SIZE, SOLVABLE, RATE = 4, 16, 0.3, 0.15
-NONE, PENALTY, SCREEN = Grpo(1e-6), Penalty(3.0, "threshold", 0.5, "sample"), Screening("sample", 1e-6)
+NONE, PENALTY, SCREEN = Grpo(1e-6), Penalty(3.0, "threshold", 0.5, "sample"), Screening("sample", 1e-6, "loose", "batch")
 
 
 def modification(form: str, alpha: float) -> Modification:
