@@ -172,18 +172,57 @@ def test_modification_needs_scores(config):
         build.plan(config("arm=modification", "mask_source=none"))
 
 
-def test_the_bandit_plays_the_sheets_short_games():
-    """baselines.md A8 and B8, the arms of 400 steps; the long ones are slow."""
-    for name in ("screening, accuracy 0.7, 400 steps",):
-        arm, sheet = baseline_bandit.ARMS[name]
-        assert float(baseline_bandit.play(arm).mean()) == pytest.approx(sheet, abs=0.01), name
+def ends(rule, steps, accuracy=1.0, **more):
+    return baseline_bandit.play(baseline_bandit.Arm(rule, steps, accuracy, **more))
+
+
+STATED = [name for name, (_, sheet) in baseline_bandit.ARMS.items() if sheet is not None]
+
+
+@pytest.mark.parametrize("name", [name if "400" in name else pytest.param(name, marks=pytest.mark.slow) for name in STATED])
+def test_the_bandit_ends_where_the_sheet_says(name):
+    """baselines.md A8 and B8: every end point. Held to .005, or to the sheet's bound; what a random score moves, to .03."""
+    arm, sheet = baseline_bandit.ARMS[name]
+    hack = float(baseline_bandit.play(arm).mean())
+    if "true labels" in name:
+        assert hack <= sheet, "the sheet gives a bound"
+    else:
+        assert hack == pytest.approx(sheet, abs=0.03 if "random" in name else 0.005), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", baseline_bandit.ARMS)
-def test_the_bandit_ends_where_the_sheet_says(name):
-    arm, sheet = baseline_bandit.ARMS[name]
-    assert float(baseline_bandit.play(arm).mean()) == pytest.approx(sheet, abs=0.03), name
+def test_a_random_score_only_delays_the_hack():
+    """B6.5: the same arm at 400 steps and at 1600, every seed."""
+    rule = baseline_bandit.modification("multiplicative", 2.0)
+    early, late = (ends(rule, steps) for steps in (400, 1600))
+    assert float(early.max()) < 0.05 and float(late.min()) > 0.8
+
+
+@pytest.mark.slow
+def test_screening_breaks_out_where_the_penalty_holds_if_hacks_are_common_at_the_start():
+    """A8 asks for a fourth action to see it; three suffice. Every seed, accuracy .9."""
+    penalty, screening = (ends(rule, 1200, 0.9, hacks=0.05, seeds=4) for rule in (baseline_bandit.PENALTY, baseline_bandit.SCREEN))
+    assert float(penalty.max()) < 0.02 and float(screening.min()) > 0.9
+
+
+@pytest.mark.slow
+def test_with_attempts_that_are_correct_the_penalty_holds_under_loose_flags_only():
+    """The fourth action on the hack's logit. Under loose flags screening breaks out alone, under strict ones the penalty does so too."""
+    found = {(rule, label): ends(rule, 1200, 0.9, attempts=0.04, label=label, seeds=4)
+             for rule in (baseline_bandit.PENALTY, baseline_bandit.SCREEN) for label in ("strict", "loose")}
+    held = found.pop((baseline_bandit.PENALTY, "loose"))
+    assert float(held.max()) < 0.02 and all(float(hack.min()) > 0.6 for hack in found.values())
+
+
+@pytest.mark.parametrize("more", [{}, {"hacks": 0.05}, {"attempts": 0.04, "label": "loose"}])
+def test_by_true_labels_both_hold_and_screening_leaves_more(more):
+    penalty, screening = (ends(rule, 400, seeds=4, **more) for rule in (baseline_bandit.PENALTY, baseline_bandit.SCREEN))
+    assert 1.2 * float(penalty.max()) < float(screening.min()) and float(screening.max()) < 0.03
+
+
+def test_an_attempt_is_labelled_strictly_or_loosely():
+    with pytest.raises(ValueError, match="label must be strict or loose; got 'mild'"):
+        baseline_bandit.Arm(baseline_bandit.PENALTY, 1, label="mild")
 
 
 def test_t_b3_the_prompts_last_token_is_the_same_for_every_answer(tiny_policy):
