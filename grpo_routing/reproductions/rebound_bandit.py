@@ -82,7 +82,7 @@ def play(arm: Arm, steps: int = 800, seeds: int = 6) -> Tensor:
         lots = torch.rand(correct.shape, generator=generator)  # drawn with and without a cap: the same luck
         over = surplus_of(correct, lots, arm.cap).view_as(drawn)
         if arm.surplus == "dropped":
-            advantages = Screening("sample", 1e-6)(rewards, over.double(), None)
+            advantages = Screening("sample", 1e-6, "loose", "batch")(rewards, over.double(), None)
         else:
             advantages = Grpo(1e-6)(rewards, None, None) * ~over
         push = one_hot(drawn, 4).double() - probability.repeat_interleave(GROUPS, 0)[:, None]
