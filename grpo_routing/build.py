@@ -80,7 +80,8 @@ class Plan:
     def source_acts(self) -> bool:
         """Whether what the mask source says reaches training, and is not only measured."""
         reads = {"flags", "scores"} & set(self.advantage.reads)
-        return self.mask_source.kind != "none" and (not isinstance(self.projection, MeasureOnly) or bool(reads or self.extra_rollouts.groups))
+        acts = not isinstance(self.projection, MeasureOnly) or bool(reads or self.extra_rollouts.groups)
+        return self.mask_source.kind != "none" and acts
 
 
 def plan(config: dict) -> Plan:
@@ -219,8 +220,8 @@ def told_held_out(parts: dict[str, Any]) -> list[str]:
     """Stages that feed training and say that they know held-out loopholes: no detector of those may reach it."""
     told = {group: [mode for mode in getattr(parts[group], "known", ()) if mode in parts["loophole"].held_out]
             for group in ("mask_source", "sampling", "extra_rollouts")}
-    return [f"{group}={_name(GROUPS[group], parts[group])} would know the held-out loopholes {sorted(modes)}; no detector of them may reach "
-            f"training. Leave {group}.known at ${{loophole.known}}" for group, modes in told.items() if modes]
+    return [f"{group}={_name(GROUPS[group], parts[group])} would know the held-out loopholes {sorted(modes)}; no detector of them may "
+            f"reach training. Leave {group}.known at ${{loophole.known}}" for group, modes in told.items() if modes]
 
 
 def _name(registry: dict[str, type], thing: Any) -> str:
@@ -235,5 +236,5 @@ def build_policy(plan: Plan) -> Policy:
 def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, ceiling: Truth | None = None) -> Line:
     return Line(
         seed=plan.seed, policy=policy, problems=plan.dataset.training(plan.loophole), prompt=plan.prompt,
-        sampling=plan.sampling.fit(policy), extra_rollouts=plan.extra_rollouts, grader=grader, mask_source=plan.mask_source, advantage=plan.advantage,
-        projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit, ceiling=ceiling)
+        sampling=plan.sampling.fit(policy), extra_rollouts=plan.extra_rollouts, grader=grader, mask_source=plan.mask_source,
+        advantage=plan.advantage, projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit, ceiling=ceiling)
