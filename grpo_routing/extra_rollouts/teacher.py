@@ -12,11 +12,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from grpo_routing.extra_rollouts.aside import NOTHING, Aside
+from grpo_routing.mask_sources.view import StepView
 from grpo_routing.policy import Policy
 from grpo_routing.types import TEACHER, Labels, Rollout
+
+if TYPE_CHECKING:
+    from grpo_routing.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -69,3 +75,6 @@ class Teacher:
 
     def edit(self, rollouts: list[Rollout], rewards: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
         return rewards, labels
+
+    def aside(self, view: StepView, trainer: Trainer, seed: tuple) -> Aside:
+        return NOTHING
