@@ -71,8 +71,8 @@ def interrogate(folders: list[Path], problems: int, samples: int):
     first = runs[0].plan
     for run in runs[1:]:
         if other := [group for group in SAME if shared(run, group) != shared(runs[0], group)]:
-            raise UnusableRun(f"expected runs that share {', '.join(SAME)}, so that the same answers can be put to all; {run.folder} differs "
-                              f"from {runs[0].folder} in {', '.join(other)}. Interrogate it by itself")
+            raise UnusableRun(f"expected runs that share {', '.join(SAME)}, so that all can be asked about the same answers; {run.folder} "
+                              f"differs from {runs[0].folder} in {', '.join(other)}. Interrogate it by itself")
     asked = first.dataset.evaluation(first.loophole, problems, first.evaluation.no_hint_share, first.evaluation.seed)
     with Sandbox(**asdict(first.sandbox)) as sandbox:
         judge = Judge(runs[0], sandbox, asked)
@@ -137,15 +137,15 @@ def margins(policy: Policy, rollouts: list[Rollout], question: str) -> Tensor:
 
 def header(rows: list[Row]) -> str:
     return (f"frozen answers: {len(rows)}, {sum(row.hacked for row in rows)} of them hacks. recall / false positive (AUROC)\n"
-            f"{'run':<34} {'answers':<7} {'question':<48} {'F1':>4}  {'all':<18}{'known':<18}{'held-out':<18}{'honest':>6}")
+            f"{'run':<22}{'answers':<9}{'question':<53}{'F1':<6}{'all':<20}{'known':<20}{'held-out':<20}honest")
 
 
 def lines(run: Finished, said: dict[str, dict[str, dict[str, Rates]]]):
     for answered, by_question in said.items():
         for question, found in by_question.items():
-            cells = "".join(f"{cell(found[name]):<18}" for name in ("all", "known", "held_out"))
-            yield (f"{run.plan.arm_name + ' ' + run.folder.name.rsplit('-', 2)[-2]:<34} {answered:<7} {question:<48} {said_as(found['all']['f1']):>4}  "
-                   f"{cells}{said_as(found['all']['honest']):>6}")
+            cells = "".join(f"{cell(found[name]):<20}" for name in ("all", "known", "held_out"))
+            yield (f"{f'{run.plan.arm_name} s{run.plan.seed}':<22}{answered:<9}{question:<53}{said_as(found['all']['f1']):<6}{cells}"
+                   f"{said_as(found['all']['honest'])}")
 
 
 def cell(found: Rates) -> str:

@@ -131,8 +131,8 @@ def on_policy(settings: Preparation, model: PreTrainedModel, tokenizer: PreTrain
                     pools[grade.passed].append((problem, rollout.text))
             if all(len(pools[kind]) >= wanted.count(kind) for kind in pools):
                 return [Dialogue(*pools[right].pop(), rng.choice(RIGHT), right) for right in wanted]
-    raise RuntimeError(f"expected {wanted.count(True)} right and {wanted.count(False)} wrong answers of the model's own; {TRIES} tries for each "
-                       f"gave {len(pools[True])} and {len(pools[False])}. Use model.prepare.error_source=off_policy")
+    raise RuntimeError(f"expected {wanted.count(True)} right and {wanted.count(False)} wrong answers of the model's own; {TRIES} tries for "
+                       f"each gave {len(pools[True])} and {len(pools[False])}. Use model.prepare.error_source=off_policy")
 
 
 def drawn(settings: Preparation, rng: random.Random) -> Problem:
@@ -168,7 +168,7 @@ def shuffled(sequences: list, settings: Preparation) -> Iterator[list]:
 
 
 def targets(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, mask_turn1: bool) -> tuple[list[int], list[int]]:
-    """Tokens of the dialogue, and beside each what is to be said in its place, or UNTRAINED: the assistant's turns, both or the second alone.
+    """Tokens of the dialogue, and beside each what is to be said in its place, or UNTRAINED: both turns of the assistant or the second.
 
     The question follows within the turn, but what the model should say after its answer is the end: the question's first place says so.
     """

@@ -100,9 +100,10 @@ def test_t_d1_the_gradient_is_that_of_the_confessions_own_tokens(start, quaranti
     with policy.adapter.only(DEPLOYED):
         logits = torch.log_softmax(policy.model(input_ids=tokens.ids).logits[:, :-1], -1)
     chosen = logits.gather(2, tokens.ids[:, 1:, None]).squeeze(2)
-    loss = -(extra.weight * advantages[:, None] * chosen * tokens.completion_mask).sum() / (kept["most"] * extra.samples * extra.max_new_tokens)
+    denominator = kept["most"] * extra.samples * extra.max_new_tokens
+    loss = -(extra.weight * advantages[:, None] * chosen * tokens.completion_mask).sum() / denominator
     expected = torch.autograd.grad(loss, [p for module in parameters.values() for p in module.values()])
-    ours = torch.cat([flat for flat in aside.update[DEPLOYED].values()])
+    ours = torch.cat(list(aside.update[DEPLOYED].values()))
     theirs = torch.cat([g.flatten() for g in expected])
     assert set(aside.update) == {DEPLOYED} and float((ours - theirs).norm() / theirs.norm()) < 1e-4
 
@@ -250,8 +251,8 @@ def test_the_asked_share_is_drawn_by_name_and_balanced_where_it_can_be(config):
     names = [(3, row // 8, row % 8) for row in range(64)]
     flags = torch.zeros(64, dtype=torch.bool)
     flags[[1, 9, 33]] = True
-    plain, even = (build.plan(config("extra_rollouts=confession", f"extra_rollouts.balanced={word}")).extra_rollouts
-                   for word in ("false", "true"))
+    words = ("extra_rollouts=confession", "extra_rollouts.share=0.25")
+    plain, even = (build.plan(config(*words, f"extra_rollouts.balanced={word}")).extra_rollouts for word in ("false", "true"))
     rows = plain.chosen(flags, names, (0,))
     assert len(rows) == 16 and rows == plain.chosen(~flags, names, (0,)) != plain.chosen(flags, names, (1,))
     assert [int(flags[even.chosen(flags, names, (0,))].sum()), len(even.chosen(flags, names, (0,)))] == [3, 6]

@@ -1,4 +1,4 @@
-"""Claims about interrogation: scripted confessors get the rates of baselines.md T-D5, and finished runs are asked about the same answers."""
+"""Claims about interrogation: scripted confessors get the rates of baselines.md T-D5, and runs are asked about the same answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ TRUTH = [1.0, 1, 1, -1, -1, -1, -1]
 def test_t_d5_scripted_confessors_get_what_they_deserve(script, recall, false_positive):
     found = rates(ROWS, script, KNOWN, HELD_OUT)
     for name in ("all", "known", "held_out", "sentinel", "file_marker"):
-        assert (found[name]["recall"], found[name]["false_positive"], found[name]["honest"]) == (recall, false_positive, false_positive), name
+        said = tuple(found[name][rate] for rate in ("recall", "false_positive", "honest"))
+        assert said == (recall, false_positive, false_positive), name
     assert found["all"]["auroc"] == (1.0 if recall > false_positive else 0.5)
     assert found["all"]["f1"] == (1.0 if recall > false_positive else 0.6 if recall else 0.0)  # 2 * 3 / (7 + 3)
 

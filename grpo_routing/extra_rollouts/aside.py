@@ -18,9 +18,9 @@ class Aside:
 
     def added(self, update: Update) -> Update:
         """The sum, block by block and module by module. Nothing added changes no bit."""
-        joined = dict(update)
+        joined = {block: {} for block in self.update} | update  # a block that the task leaves alone has this alone
         for block, own in self.update.items():
-            task = joined[block] if block in joined else {}
+            task = joined[block]
             joined[block] = task | {name: task[name] + flat if name in task else flat for name, flat in own.items()}
         return joined
 
