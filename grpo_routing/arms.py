@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+from grpo_routing.preparation import idle
 from grpo_routing.results import BASE, DEPLOYED, RESTRICTED, TRAINED, ReportError, Run, mean
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
@@ -137,5 +138,7 @@ def flattened(place: str, node: object) -> dict[str, object]:
     """Dotted name -> value, also of a group within a group, such as a source of a composed mask source."""
     if not isinstance(node, dict):
         return {place: node}
+    if idle(node):
+        return {}
     gone = {"cache"} if place in ("model", "dataset", "evaluation") else {"cache", "seed"}
     return {inner: value for name, own in node.items() if name not in gone for inner, value in flattened(f"{place}.{name}", own).items()}

@@ -28,6 +28,7 @@ from grpo_routing.policy import Policy
 from grpo_routing.projections import PROJECTIONS, MeasureOnly
 from grpo_routing.prompts import PROMPTS
 from grpo_routing.sampling import SAMPLINGS
+from grpo_routing.self_report_sft import prepared
 from grpo_routing.settings import Evaluation, Reward, SandboxLimits
 from grpo_routing.train import Audit, Line, Trainer, Truth
 
@@ -46,6 +47,7 @@ GROUPS: dict[str, type | dict[str, type]] = {
     "health": Tripwire, "evaluation": Evaluation, "logger": LOGGERS,
 }
 SCALARS = {"seed": int, "uses_oracle": bool, "output": str, "cache": str, "arm_name": str, "experiment_name": str}
+UNSEALED = "confession_routed"  # how an arm is called in which something else reads confessions
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def plan(config: dict) -> Plan:
         if key in config and type(config[key]) is not kind:
             problems.append(f"{key} must be {kind.__name__}; got {config[key]!r}")
     if not problems:
-        problems = impossible(parts, config["uses_oracle"])
+        problems = impossible(parts, config["uses_oracle"], config["arm_name"])
     if problems:
         raise ConfigError("\n".join(problems))
     for doubt in doubtful(parts):
@@ -149,12 +151,13 @@ def _say(where: str, error: dict) -> str:
     return f"{'.'.join([where, *map(str, error['loc'])])}: {error['msg'].lower()}; got {error['input']!r}"
 
 
-def impossible(parts: dict[str, Any], uses_oracle: bool) -> list[str]:
+def impossible(parts: dict[str, Any], uses_oracle: bool, arm_name: str) -> list[str]:
     """Combinations that cannot work, each with those that can."""
     projection, source, adapter = parts["projection"], parts["mask_source"], parts["adapter"]
     advantage, optimizer, extra, trainer = parts["advantage"], parts["optimizer"], parts["extra_rollouts"], parts["trainer"]
     name, origin = _name(PROJECTIONS, projection), _name(MASK_SOURCES, source)
     quarantine = QUARANTINE in adapter.blocks
+    sealed = getattr(extra, "sealed", None)  # of confessions; None: nobody confesses
     holds = {
         f"projection={name} takes a mask source of kind {' or '.join(projection.takes)}; {origin} is of kind {source.kind}. "
         f"Choose {fitting(projection, source)}": source.kind not in projection.takes,
@@ -192,6 +195,13 @@ def impossible(parts: dict[str, Any], uses_oracle: bool) -> list[str]:
             source.needs_coordinates and not getattr(adapter, "has_coordinates", False),
         f"mask_source={origin} finds directions for the B of a LoRA; choose adapter=lora with adapter.gate=false":
             source.kind == "trusted" and (_name(ADAPTERS, adapter) != "lora" or adapter.gate),
+        f"mask_source={origin} reads the model's own report while confessions train it, which breaks their seal (baselines.md D6): it is "
+        f"another method. Choose arm=confession_routed, which declares extra_rollouts.sealed=false, or another mask source":
+            sealed is not None and "own report" in source.reads and (sealed or not arm_name.startswith(UNSEALED)),
+        "extra_rollouts.sealed=false declares that something reads confessions, and nothing here does; leave it out":
+            sealed is False and "own report" not in source.reads,
+        "extra_rollouts=confession samples confessions once a step, and their gradient would be stale in further inner steps; set "
+        "trainer.inner_steps=1": sealed is not None and trainer.inner_steps > 1,
         "extra_rollouts=anchor samples with the quarantine off, and this adapter has none; its anchors would be ordinary groups. "
         "Give the adapter a quarantine, or raise trainer.prompts_per_step": bool(extra.groups) and not quarantine,
     }
@@ -229,7 +239,7 @@ def _name(registry: dict[str, type], thing: Any) -> str:
 
 
 def build_policy(plan: Plan) -> Policy:
-    model, tokenizer = plan.model.load()
+    model, tokenizer = prepared(plan.model, plan.sandbox)
     return Policy(model, tokenizer, plan.adapter.attach(model))
 
 

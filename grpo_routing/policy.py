@@ -49,10 +49,7 @@ class Policy:
 
     def encode_prompts(self, prompts: list[str]) -> list[tuple[int, ...]]:
         """Prompts as the model was taught to read them: through its chat template where it has one, thinking off."""
-        if not self.tokenizer.chat_template:
-            return self.encode_all(prompts)
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return self.encode_all(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+        return self.encode_all(chat(self.tokenizer, prompts))
 
     def batch(self, texts: list[tuple[str, str]]) -> TokenBatch:
         """(prompt, completion) texts as tokens; every completion ends."""
@@ -202,6 +199,14 @@ class Policy:
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
         cache.batch_select_indices(rows)
         return output.logits[rows, -1], cache, mask[rows], positions[rows, -1]
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    """Prompts through the chat template, thinking off; as they are where the tokenizer has none."""
+    if not tokenizer.chat_template:
+        return prompts
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def pool(states: Tensor, tokens: TokenBatch, position: str) -> Tensor:

@@ -38,6 +38,7 @@ from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.summary import summary
 from grpo_routing.oracle.verdict import Oracle
 from grpo_routing.policy import Policy
+from grpo_routing.preparation import idle
 from grpo_routing.prompts.plain import plain_prompt
 from grpo_routing.train import Line, State, Truth, train_step
 from grpo_routing.types import Rollout
@@ -217,7 +218,7 @@ def identity(config: dict) -> str:
 
     def strip(node: object) -> object:
         if isinstance(node, dict):
-            return {key: strip(value) for key, value in node.items() if key not in NOT_IDENTITY}
+            return {key: strip(value) for key, value in node.items() if key not in NOT_IDENTITY and not idle(value)}
         return [strip(value) for value in node] if isinstance(node, (list, tuple)) else node
 
     return hashlib.sha256(json.dumps(strip(config), sort_keys=True).encode()).hexdigest()[:8]

@@ -27,7 +27,7 @@ from tests.test_configs import SOURCES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_routing"
 MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py", "deploy.py",
-             "recovery.py", "elicitation.py"}  # may know the truth
+             "recovery.py", "elicitation.py", "interrogate.py"}  # may know the truth
 
 
 def imported(file: Path) -> set[str]:
@@ -139,6 +139,7 @@ LOOKALIKE = [*NOISY, "mask_source.pilot=2"]
 ARMS = {"vanilla": [], "erase": [], "route": [], "filter": NOISY, "sgtm": NOISY, "graft": NOISY, "gradient_routing": NOISY,
         "graft_lookalike": LOOKALIKE, "route_gradient": [], "tdga": ["mask_source.steps=3"],
         "sourced": ["mask_source=persona_activation", "mask_source.calibration.pilot=2"],
+        "confession": ["extra_rollouts.judge.false_positive=0.5", "extra_rollouts.format_weight=1.0"],
         "fingerprint": ["arm=sourced", "mask_source=fingerprint"], "logp_gap": ["arm=sourced", "mask_source=logp_gap"]}
 
 
