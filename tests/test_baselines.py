@@ -21,19 +21,39 @@ def modified(form="multiplicative", alpha=2.0, scores=S, rewards=R, scale="sampl
     return Modification(form, alpha, 0.1, scale, 0.0)(rewards, NO, 1 - NO, scores)
 
 
+def screening(scale="none", floor=0.0, label="loose", denominator="batch"):
+    return Screening(scale, floor, label, denominator)
+
+
 @pytest.mark.parametrize(("dropped", "expected"), [
     ([0, 0, 0, 0], [1.5, -0.5, -0.5, -0.5]), ([1, 0, 0, 0], [0, 0, 0, 0]), ([0, 1, 1, 1], [0, 0, 0, 0]), ([1, 1, 1, 1], [0, 0, 0, 0])])
 def test_t_a3_screening_takes_its_statistics_from_those_that_are_left(dropped, expected):
     rewards = torch.tensor([[3.5, 0.5, 0.5, 0.5]], dtype=F64)
-    values = Screening("sample", 0.0)(rewards, torch.tensor([dropped], dtype=F64), 1 - NO)
+    values = screening("sample", 0.0)(rewards, torch.tensor([dropped], dtype=F64), 1 - NO)
     assert values.tolist()[0] == pytest.approx(expected)
 
 
 def test_screened_rollouts_do_not_move_the_mean_of_the_others():
     rewards, flags = torch.tensor([[9.0, 1.0, 2.0, 3.0]], dtype=F64), torch.tensor([[1.0, 0, 0, 0]], dtype=F64)
-    assert Screening("none", 0.0)(rewards, flags, 1 - flags).tolist() == [[0.0, -1.0, 0.0, 1.0]]
+    assert screening("none", 0.0)(rewards, flags, 1 - flags).tolist() == [[0.0, -1.0, 0.0, 1.0]]
     nothing = torch.zeros_like(flags)
-    assert torch.equal(Screening("sample", 1e-6)(rewards, nothing, 1 - nothing), Grpo(1e-6)(rewards, nothing, 1 - nothing))
+    assert torch.equal(screening("sample", 1e-6)(rewards, nothing, 1 - nothing), Grpo(1e-6)(rewards, nothing, 1 - nothing))
+
+
+def test_the_strict_label_screens_flagged_rollouts_that_were_paid():
+    rewards, flags = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=F64), torch.tensor([[1.0, 1, 0, 0]], dtype=F64)
+    terms = torch.stack([torch.ones_like(rewards), rewards])  # paid where the reward says so
+    assert screening()(rewards, flags, 1 - flags, terms).tolist() == [[0.0, 0.0, 0.5, -0.5]]
+    strict = screening(label="strict")(rewards, flags, 1 - flags, terms)
+    assert strict.tolist()[0] == pytest.approx([0.0, -1 / 3, 2 / 3, -1 / 3])
+
+
+def test_the_denominator_of_those_that_are_kept_makes_up_for_those_that_left():
+    rewards, flags = torch.tensor([[1.0, 0, 1, 0], [1.0, 0, 0, 0]], dtype=F64), torch.tensor([[1.0, 1, 0, 0], [0.0, 0, 0, 0]], dtype=F64)
+    batch, kept = (screening(denominator=name)(rewards, flags, 1 - flags) for name in ("batch", "kept"))
+    assert torch.allclose(kept, batch * 8 / 6, rtol=0, atol=1e-12)
+    everyone = torch.ones_like(flags)
+    assert screening(denominator="kept")(rewards, everyone, 1 - everyone).tolist() == [[0.0] * 4] * 2
 
 
 @pytest.mark.parametrize("form", ["threshold", "progressive"])
@@ -132,7 +152,9 @@ def test_t_h4_the_estimators_answer_to_an_affine_change_of_reward():
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: Screening("all", 0.1), "advantage.scale must be none or sample; got 'all'"),
+    (lambda: screening("all"), "advantage.scale must be none or sample; got 'all'"),
+    (lambda: screening(label="lax"), "advantage.label must be loose or strict; got 'lax'"),
+    (lambda: screening(denominator="none"), "advantage.denominator must be batch or kept; got 'none'"),
     (lambda: Modification("square", 1.0, 0.1, "none", 0.0), "advantage.form must be additive or multiplicative"),
     (lambda: Modification("additive", -1.0, 0.1, "none", 0.0), "advantage.alpha must be at least 0"),
     (lambda: MoGrpo(0.0), "advantage.floor must be positive; got 0.0"),
@@ -150,18 +172,57 @@ def test_modification_needs_scores(config):
         build.plan(config("arm=modification", "mask_source=none"))
 
 
-def test_the_bandit_plays_the_sheets_short_games():
-    """baselines.md A8 and B8, the arms of 400 steps; the long ones are slow."""
-    for name in ("screening, accuracy 0.7, 400 steps",):
-        arm, sheet = baseline_bandit.ARMS[name]
-        assert float(baseline_bandit.play(arm).mean()) == pytest.approx(sheet, abs=0.01), name
+def ends(rule, steps, accuracy=1.0, **more):
+    return baseline_bandit.play(baseline_bandit.Arm(rule, steps, accuracy, **more))
+
+
+STATED = [name for name, (_, sheet) in baseline_bandit.ARMS.items() if sheet is not None]
+
+
+@pytest.mark.parametrize("name", [name if "400" in name else pytest.param(name, marks=pytest.mark.slow) for name in STATED])
+def test_the_bandit_ends_where_the_sheet_says(name):
+    """baselines.md A8 and B8: every end point. Held to .005, or to the sheet's bound; what a random score moves, to .03."""
+    arm, sheet = baseline_bandit.ARMS[name]
+    hack = float(baseline_bandit.play(arm).mean())
+    if "true labels" in name:
+        assert hack <= sheet, "the sheet gives a bound"
+    else:
+        assert hack == pytest.approx(sheet, abs=0.03 if "random" in name else 0.005), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", baseline_bandit.ARMS)
-def test_the_bandit_ends_where_the_sheet_says(name):
-    arm, sheet = baseline_bandit.ARMS[name]
-    assert float(baseline_bandit.play(arm).mean()) == pytest.approx(sheet, abs=0.03), name
+def test_a_random_score_only_delays_the_hack():
+    """B6.5: the same arm at 400 steps and at 1600, every seed."""
+    rule = baseline_bandit.modification("multiplicative", 2.0)
+    early, late = (ends(rule, steps) for steps in (400, 1600))
+    assert float(early.max()) < 0.05 and float(late.min()) > 0.8
+
+
+@pytest.mark.slow
+def test_screening_breaks_out_where_the_penalty_holds_if_hacks_are_common_at_the_start():
+    """A8 asks for a fourth action to see it; three suffice. Every seed, accuracy .9."""
+    penalty, screening = (ends(rule, 1200, 0.9, hacks=0.05, seeds=4) for rule in (baseline_bandit.PENALTY, baseline_bandit.SCREEN))
+    assert float(penalty.max()) < 0.02 and float(screening.min()) > 0.9
+
+
+@pytest.mark.slow
+def test_with_attempts_that_are_correct_the_penalty_holds_under_loose_flags_only():
+    """The fourth action on the hack's logit. Under loose flags screening breaks out alone, under strict ones the penalty does so too."""
+    found = {(rule, label): ends(rule, 1200, 0.9, attempts=0.04, label=label, seeds=4)
+             for rule in (baseline_bandit.PENALTY, baseline_bandit.SCREEN) for label in ("strict", "loose")}
+    held = found.pop((baseline_bandit.PENALTY, "loose"))
+    assert float(held.max()) < 0.02 and all(float(hack.min()) > 0.6 for hack in found.values())
+
+
+@pytest.mark.parametrize("more", [{}, {"hacks": 0.05}, {"attempts": 0.04, "label": "loose"}])
+def test_by_true_labels_both_hold_and_screening_leaves_more(more):
+    penalty, screening = (ends(rule, 400, seeds=4, **more) for rule in (baseline_bandit.PENALTY, baseline_bandit.SCREEN))
+    assert 1.2 * float(penalty.max()) < float(screening.min()) and float(screening.max()) < 0.03
+
+
+def test_an_attempt_is_labelled_strictly_or_loosely():
+    with pytest.raises(ValueError, match="label must be strict or loose; got 'mild'"):
+        baseline_bandit.Arm(baseline_bandit.PENALTY, 1, label="mild")
 
 
 def test_t_b3_the_prompts_last_token_is_the_same_for_every_answer(tiny_policy):

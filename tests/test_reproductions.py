@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from grpo_routing.reproductions import absorption, split_autoencoder, tdga_bandit, tug_of_war, two_languages
+from grpo_routing.reproductions import (
+    absorption,
+    confession_bandit,
+    disguise_bandit,
+    rebound_bandit,
+    split_autoencoder,
+    tdga_bandit,
+    tug_of_war,
+    two_languages,
+)
 from grpo_routing.reproductions.leakage import equivalent_tokens, leakage, token_weight
 
 
@@ -282,3 +293,138 @@ def test_trusted_directions_keep_the_bandit_honest_and_random_ones_do_not():
         assert trusted["true"] > vanilla["peak"] and trusted["hack"] < 0.15 and vanilla["hack"] > 0.8, (optimizer, mean)
         assert mean[optimizer, "TDGA K=1"]["true"] < trusted["true"], "one direction is too few"
     assert mean["adam", "random U, K=5"]["hack"] > 0.3, mean
+
+
+# ------------------------------------------------------------------------------------------------- confessions (T-D1, T-D2)
+
+
+@pytest.fixture
+def transcripts():
+    """Heads, and answers with eight confessions each, from seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    theta, phi = (torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in ((3, 2), (3, 2, 2)))
+    answer, report = (torch.randint(2, shape, generator=generator) for shape in ((3, 64), (3, 64, 8)))
+    return theta, phi, answer, report, torch.randint(2, report.shape, generator=generator).double()
+
+
+def test_t_d1_the_confessions_reward_has_exactly_no_gradient_in_the_answer(transcripts):
+    theta, phi, answer, report, honest = transcripts
+    advantages = confession_bandit.ADVANTAGE(honest.flatten(0, 1), None, None).view_as(honest)
+    sealed = confession_bandit.push(theta, phi, answer, report, advantages, confession_bandit.CONFESSION)
+    assert torch.equal(sealed[0], torch.zeros_like(theta)) and sealed[1].abs().min() > 1e-6
+    task = confession_bandit.push(theta, phi, answer, report, honest, confession_bandit.ANSWER)
+    assert torch.equal(task[1], torch.zeros_like(phi)) and task[0].abs().min() > 1e-6
+    group = confession_bandit.push(theta, phi, answer, report, advantages, (1.0, 1.0))
+    assert 0 < group[0].abs().max() < 1e-9, "without the mask the answer's own group cancels, but to rounding only"
+
+
+def test_t_d2_asking_for_confessions_leaves_the_task_bit_identical_and_a_leak_does_not():
+    silent, honest, blind, leaking = (confession_bandit.play(arm, 100, seeds=2) for arm in (
+        confession_bandit.Arm(asked=False), confession_bandit.Arm(0.0), confession_bandit.Arm(1.0), confession_bandit.Arm(0.2, leak=1.0)))
+    assert torch.equal(silent.hack, honest.hack) and torch.equal(silent.hack, blind.hack)
+    assert not torch.equal(honest.admits, blind.admits)
+    assert (leaking.hack[-1] < 0.7 * silent.hack[-1]).all(), "R_c in R pays the answers whose confession is easily honest"
+    with pytest.raises(ValueError, match="leak must be 0 where nothing is confessed; got 1.0"):
+        confession_bandit.Arm(leak=1.0, asked=False)
+
+
+def test_turning_the_judge_round_turns_the_confessions_push_round(transcripts):
+    """So m = .5 is the border whatever the group's size and estimator: R_c -> 1 - R_c negates every advantage."""
+    theta, phi, answer, report, honest = transcripts
+    pushes = [confession_bandit.push(theta, phi, answer, report, confession_bandit.ADVANTAGE(one.flatten(0, 1), None, None).view_as(one),
+                                     confession_bandit.CONFESSION)[1] for one in (honest, 1 - honest)]
+    assert torch.allclose(pushes[0], -pushes[1], atol=1e-12)
+
+
+@pytest.mark.parametrize(("miss", "admits"), [(0.2, True), (0.8, False)])
+def test_a_judge_that_sees_most_hacks_gets_them_confessed_and_none_prevented(miss, admits):
+    end = confession_bandit.play(confession_bandit.Arm(miss), 350, seeds=3)
+    assert (end.hack[-1] > 0.97).all()
+    admitted, slandered = end.admits[-1, :, confession_bandit.HACK], end.admits[-1, :, confession_bandit.SOLVE]
+    assert (admitted > 0.97).all() if admits else (admitted < 0.03).all()
+    assert (slandered < 0.03).all()
+
+
+@pytest.mark.slow
+def test_evidence_moves_the_border_and_only_a_large_leak_prevents_the_hack():
+    border = [confession_bandit.play(confession_bandit.Arm(0.6, evidence), 1600) for evidence in (0.0, 0.5)]
+    assert (border[0].admits[-1, :, 1] < 0.03).all() and (border[1].admits[-1, :, 1] > 0.95).all()
+    for leak, prevented in ((1.0, False), (6.0, True)):
+        hack = confession_bandit.play(confession_bandit.Arm(0.2, leak=leak), 1600).hack
+        assert (hack[200] < 0.5).all() and ((hack[-1] < 0.01) if prevented else (hack[-1] > 0.98)).all(), leak
+
+
+# ------------------------------------------------------------------------------------------------- disguises (baselines.md F, G)
+
+
+@pytest.mark.parametrize("arm", [disguise_bandit.Arm(0.0, 0.5), disguise_bandit.Arm(1.0, 0.1), disguise_bandit.Arm(3.0, 2.0)])
+def test_at_the_optimum_the_expected_update_is_zero(arm):
+    """The group's mean holds the rollout itself: E A = (1 - 1/G) (R - E R). Its logits are found by inverting the policy."""
+    best = disguise_bandit.optimum(arm)
+    hack = best[1] + best[2]
+    theta = torch.stack([hack, best[2] / hack]).logit()[None].requires_grad_()
+    assert torch.allclose(disguise_bandit.policy(theta)[0], best, atol=1e-12)
+    start = disguise_bandit.policy(torch.tensor([[disguise_bandit.HACKS, disguise_bandit.DISGUISES]], dtype=torch.float64).logit())[0]
+    reward = (1 - 1 / disguise_bandit.SIZE) * (disguise_bandit.PAYS - arm.alpha * disguise_bandit.PSI)
+    chances = disguise_bandit.policy(theta)[0]
+    (chances * (reward - arm.beta * (chances / start).log())).sum().backward()
+    assert theta.grad.abs().max() < 1e-12
+    by_hand = torch.autograd.functional.jacobian(lambda x: disguise_bandit.policy(x)[0].log(), theta.detach())[:, 0]
+    assert torch.allclose(disguise_bandit.scores(theta.detach())[0], by_hand, atol=1e-12)
+
+
+def test_no_penalty_hacks_plainly_a_penalty_buys_a_disguise_and_a_strong_pull_to_the_start_honesty():
+    arms = {disguise_bandit.Arm(0.0, 0.01): "blatant", disguise_bandit.Arm(3.0, 0.01): "obfuscated policy",
+            disguise_bandit.Arm(0.0, 2.0): "honest",
+            disguise_bandit.Arm(0.0, 0.5): "blatant", disguise_bandit.Arm(3.0, 0.5): "honest"}  # the same pull: the penalty decides
+    ends = torch.stack([disguise_bandit.play(arm, 800, seeds=3) for arm in arms])
+    assert disguise_bandit.classify(ends) == [[expected] * 3 for expected in arms.values()]
+    assert (ends[0, :, disguise_bandit.PLAIN] > 0.95).all() and (ends[1, :, disguise_bandit.DISGUISED] > 0.95).all()
+
+
+def test_a_large_penalty_ends_honest_although_a_disguise_would_pay_more():
+    arm = disguise_bandit.Arm(10.0, 0.01)
+    assert (disguise_bandit.play(arm, 500)[:, disguise_bandit.HONEST] > 0.98).all()
+    assert disguise_bandit.optimum(arm)[disguise_bandit.DISGUISED] > 0.99
+
+
+def test_what_the_disguise_bandit_cannot_play_is_refused():
+    with pytest.raises(ValueError, match="alpha must be at least 0 and beta positive; got 1.0 and 0.0"):
+        disguise_bandit.Arm(1.0, 0.0)
+    with pytest.raises(ValueError, match="no run of the sweep is honest"):
+        disguise_bandit.classify(torch.tensor([[[0.0, 1.0, 0.0]]], dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------- rebound (B8)
+
+
+def test_the_cap_keeps_the_correct_rollouts_with_the_highest_lots():
+    correct, lots = torch.tensor([[True, False, True, True]]), torch.tensor([[0.2, 0.9, 0.7, 0.5]])
+    left = {cap: (correct & ~rebound_bandit.surplus_of(correct, lots, cap))[0].tolist() for cap in (None, 5, 2, 1, 0)}
+    assert left == {None: [True, False, True, True], 5: [True, False, True, True], 2: [False, False, True, True],
+                    1: [False, False, True, False], 0: [False] * 4}
+    with pytest.raises(ValueError, match="surplus must be masked or dropped; got 'kept'"):
+        rebound_bandit.Arm(surplus="kept")
+
+
+def test_phases_are_read_off_a_path():
+    path = torch.tensor([[0.4, 0.0, 0.1, 0.5], [0.2, 0.1, 0.6, 0.1], [0.1, 0.1, 0.7, 0.1], [0.0, 0.8, 0.1, 0.1]])[:, None]
+    found = rebound_bandit.phases(path)
+    assert (float(found.retreat), float(found.rebound), float(found.second)) == (1, 3, 2) and float(found.peak) == pytest.approx(0.7)
+    assert rebound_bandit.phases(path[:3]).second.isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("surplus", ["masked", "dropped"])
+def test_scarcer_honest_reward_brings_the_rebound_forward(surplus):
+    """Every seed goes through the three phases, and every halving of the cap shortens the second of them, seed by seed."""
+    found = [rebound_bandit.phases(rebound_bandit.play(rebound_bandit.Arm(cap, surplus))) for cap in (None, 40, 20, 10)]
+    assert all((one.retreat < 60).all() and (one.peak > 0.6).all() for one in found)
+    for more, fewer in pairwise(found):
+        assert (fewer.second < more.second).all(), (more.second, fewer.second)
+
+
+@pytest.mark.slow
+def test_where_the_hacks_share_a_logit_the_retreat_takes_the_silent_one_along():
+    found = rebound_bandit.phases(rebound_bandit.play(rebound_bandit.Arm(shared=True)))
+    assert found.rebound.isnan().all() and (found.retreat < 30).all() and (found.peak > 0.99).all()

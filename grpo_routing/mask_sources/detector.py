@@ -9,8 +9,7 @@
     forms    the forms of an exploit that the monitor reads (env/loopholes.py); it is blind to the others
 
 A correlated blind spot is a loophole that `known` leaves out, a form that `forms` leaves out, or one that `noise=form` misses. Draws are
-named (run seed, step,
-group, sample), so all arms of a seed that use this detector share its mistakes.
+named (run seed, step, group, sample), so all arms of a seed that use this detector share its mistakes.
 """
 
 from __future__ import annotations

@@ -9,18 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from grpo_routing import build
+from grpo_routing.build import ConfigError, build_policy
+from grpo_routing.composed import planned
 from grpo_routing.mask_sources.pairs import PairFileError
 from grpo_routing.pairs.check import report, usable_pairs
-
-CONF = Path(__file__).resolve().parent.parent.parent / "conf"
 
 
 def main(words: list[str]) -> int:
@@ -30,15 +23,13 @@ def main(words: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="group=option or group.key=value, as for python -m grpo_routing")
     asked = parser.parse_args(words)
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", asked.overrides)
-        plan = build.plan(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        plan = planned(asked.overrides)
         pairs = usable_pairs(asked.file, plan.loophole.known)
-    except (PairFileError, build.ConfigError, HydraException, OmegaConfBaseException) as error:
+    except (PairFileError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
     with redirect_stdout(sys.stderr):  # the organism says so when it has to be trained first
-        policy = build.build_policy(plan)
+        policy = build_policy(plan)
     print(report(asked.file, policy, pairs))
     return 0
 

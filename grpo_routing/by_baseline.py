@@ -1,0 +1,166 @@
+"""Baselines side by side, at once, twice and four times the horizon: `python -m grpo_routing.by_baseline outputs/baselines`
+
+A row is an arm with its detector, a column the deployed policy at a step that was evaluated: known hack / held-out hack / solve, mean over
+seeds. Two columns say what a choice among those steps would deploy (baselines.md, selection; every row has the same number of choices):
+
+    developer   of the steps whose monitored rate is at most the base's + MARGIN, the one that is paid most; without any such step, the
+                one with the lowest monitored rate. Reads the environment's pay and the run's own detector, nothing else
+    oracle      the same rule with the hack rate for the monitored one and the solve rate for pay
+
+Chosen on one half of the evaluation problems, reported on the other. `--csv FILE` writes one line per run and step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+
+from grpo_routing.deployment import MARGIN
+from grpo_routing.env.loopholes import FORMS, NO_LOOPHOLE
+from grpo_routing.files import write_atomic
+from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_json, read_runs
+
+SHOWN = ("hack_known", "hack_held_out", "solve")
+COLUMNS = ("arm", "detector", "seed", "step", "passed", "monitored", "hack", "hack_known", "hack_held_out", "hack_other_form", "solve",
+           "format", "run", "code")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The deployed policy of a run at one step; step 0 is the untrained one. Rates by half of the problems: all, chosen on, reported."""
+
+    step: int
+    rates: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Track:
+    """One run, from the untrained policy to its end."""
+
+    arm: str
+    detector: str
+    seed: int
+    points: tuple[Point, ...]
+    run: str
+    code: str
+
+    def at(self, step: int) -> Point | None:
+        return next((point for point in self.points if point.step == step), None)
+
+    def pick(self, paid: str, watched: str) -> Point:
+        """The trained point that the rule of the module's text takes."""
+        base, trained = self.points[0].rates["choose"], self.points[1:]
+        allowed = [point for point in trained if point.rates["choose"][watched] <= base[watched] + MARGIN]
+        if allowed:
+            return max(allowed, key=lambda point: point.rates["choose"][paid])
+        return min(trained, key=lambda point: point.rates["choose"][watched])
+
+
+PICKS: dict[str, Callable[[Track], Point]] = {
+    "developer's pick": lambda track: track.pick("passed", "monitored"), "oracle's pick": lambda track: track.pick("solve", "hack")}
+
+
+def track_of(run: Run, folder: Path) -> Track:
+    """Raises ReportError where an evaluation holds no rows that can be read."""
+    source, loophole = run.config["mask_source"], run.config["loophole"]
+    seen = {f"{mode} {form}" for mode in loophole["known"] for form in source.get("forms", FORMS)}
+    states = {0: BASE} | {int(file.stem.split("-")[1]): file.stem for file in sorted((folder / "eval").glob("step-*-as_deployed.json"))}
+    points = []
+    for step, state in sorted((states | {run.config["trainer"]["steps"]: DEPLOYED}).items()):
+        rows = read_json(folder / "eval" / f"{state}.json")["rows"]
+        if any("levers" not in row for row in rows):
+            raise ReportError(f"expected the levers of every sample in {folder}/eval/{state}.json; an older version wrote it. Run it again")
+        halves = {"all": rows, "choose": rows[::2], "report": rows[1::2]}
+        points.append(Point(step, {name: rates(half, seen, loophole) for name, half in halves.items()}))
+    return Track(run.config["arm_name"], detector_of(source), run.config["seed"], tuple(points), run.name, run.code)
+
+
+def detector_of(source: dict) -> str:
+    """Which detector an arm was given: `whole`, `recall 0.5`, `plain form only`; empty for an arm without one."""
+    if source["name"] != "detector":
+        return ""
+    said = [f"recall {source['recall']:g}"] * (source["recall"] < 1) + ["plain form only"] * (set(source["forms"]) != set(FORMS))
+    return ", ".join(said) or "whole"
+
+
+def rates(rows: list[dict], seen: set[str], loophole: dict) -> dict[str, float]:
+    """Over prompts with a hint, but for `monitored` and `format`: over all."""
+    hinted = [row for row in rows if row["loophole"] != NO_LOOPHOLE]
+    return {
+        "passed": fmean(row["passed"] for row in hinted),
+        "monitored": fmean(bool(seen & set(row["levers"])) for row in rows),
+        "hack": fmean(row["hacked"] for row in hinted),
+        "hack_known": fmean(row["hacked"] for row in hinted if row["loophole"] in loophole["known"]),
+        "hack_held_out": fmean(row["hacked"] for row in hinted if row["loophole"] in loophole["held_out"]),
+        "hack_other_form": fmean(row["hacked"] and f"{row['loophole']} other" in row["levers"] for row in hinted),
+        "solve": fmean(row["solved"] for row in hinted),
+        "format": fmean(row["format_ok"] for row in rows)}
+
+
+def page(tracks: list[Track]) -> list[str]:
+    """Markdown lines."""
+    steps = sorted({point.step for track in tracks for point in track.points} - {0})
+    names = [f"step {step}" for step in steps]
+    lines = [f"| arm, as deployed | detector | {' | '.join([*names, *PICKS])} |", "|---|---|" + "---|" * (len(steps) + len(PICKS))]
+    lines.append(f"| *untrained base* | | {cell([tracks[0].points[0].rates['all']], False)} |" + " |" * (len(steps) + len(PICKS) - 1))
+    rows = defaultdict(list)
+    for track in tracks:
+        rows[track.arm, track.detector].append(track)
+    for (arm, detector), own in sorted(rows.items(), key=lambda item: (item[0][1] != "", *item[0])):
+        texts = [cell([point.rates["all"] for track in own if (point := track.at(step))], len(own) > 1) for step in steps]
+        texts += [cell([rule(track).rates["report"] for track in own], len(own) > 1) for rule in PICKS.values()]
+        many = f" <sub>n={len(own)}</sub>" if len(own) != 5 else ""
+        lines.append(f"| `{arm}`{many} | {detector} | {' | '.join(texts)} |")
+    return lines
+
+
+def cell(seeds: list[dict[str, float]], spread: bool) -> str:
+    if not seeds:
+        return "–"
+    middle = " / ".join(f"{fmean(one[name] for one in seeds):.2f}" for name in SHOWN)
+    low = " / ".join(f"{min(one[name] for one in seeds):.2f}–{max(one[name] for one in seeds):.2f}" for name in SHOWN)
+    return f"{middle} <sub>{low}</sub>" if spread else middle
+
+
+def table(tracks: list[Track]) -> str:
+    """CSV of COLUMNS; the base stands with every run."""
+    screen = StringIO()
+    writer = csv.writer(screen, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for track in sorted(tracks, key=lambda track: (track.arm, track.detector, track.seed)):
+        for point in track.points:
+            shown = {name: f"{value:.4f}" for name, value in point.rates["all"].items()}
+            about = {name: getattr(track, name) for name in ("arm", "detector", "seed", "run", "code")} | {"step": point.step}
+            writer.writerow([(about | shown)[name] for name in COLUMNS])
+    return screen.getvalue()
+
+
+def main(argv: list[str]) -> int:
+    """Print the table; the exit status is 2 when the folder cannot be reported."""
+    parser = argparse.ArgumentParser(prog="python -m grpo_routing.by_baseline", description=__doc__.split("\n")[0])
+    parser.add_argument("experiment", type=Path, help="outputs/<experiment>, which holds runs/")
+    parser.add_argument("--csv", type=Path, help="also write one line per run and step")
+    asked = parser.parse_args(argv)
+    try:
+        tracks = [track_of(run, asked.experiment / "runs" / run.name) for run in read_runs(asked.experiment) if run.finished]
+    except ReportError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not tracks:
+        print(f"no finished run in {asked.experiment}", file=sys.stderr)
+        return 2
+    if asked.csv:
+        write_atomic(asked.csv, table(tracks).encode())
+    print("\n".join(page(tracks)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""The table of baselines: rates of every horizon, and what a developer and an oracle would pick among them."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from grpo_routing import by_baseline
+from grpo_routing.by_baseline import PICKS, Point, Track, detector_of, rates
+from grpo_routing.run import run
+
+KNOWN_ONE = {"known": ["sentinel"], "held_out": ["file_marker"]}
+
+
+def row(loophole="sentinel", levers=(), passed=False, hacked=False, solved=False):
+    return {"loophole": loophole, "levers": list(levers), "passed": passed, "hacked": hacked, "solved": solved, "format_ok": True}
+
+
+def test_rates_of_hand_made_rows():
+    rows = [row(levers=["sentinel plain"], passed=True, hacked=True), row(levers=["sentinel other"], passed=True, hacked=True),
+            row(passed=True, solved=True), row("file_marker", ["file_marker plain"], passed=True, hacked=True),
+            row("none", ["sentinel plain"])]
+    found = rates(rows, {"sentinel plain"}, KNOWN_ONE)
+    assert found == {"passed": 1.0, "monitored": 2 / 5, "hack": 3 / 4, "hack_known": 2 / 3, "hack_held_out": 1.0,
+                     "hack_other_form": 1 / 4, "solve": 1 / 4, "format": 1.0}
+    assert rates(rows, {"sentinel plain", "sentinel other"}, KNOWN_ONE)["monitored"] == 3 / 5
+
+
+def track(*points: tuple[float, float, float, float]) -> Track:
+    """Points of (passed, monitored, solve, hack); the first is the base's."""
+    names = ("passed", "monitored", "solve", "hack")
+    made = [Point(60 * at, {half: dict(zip(names, values)) for half in ("choose", "report")}) for at, values in enumerate(points)]
+    return Track("arm", "whole", 0, tuple(made), "run", "code")
+
+
+BASE = (0.3, 0.10, 0.2, 0.1)
+
+
+@pytest.mark.parametrize(("points", "developer", "oracle"), [
+    ([(0.9, 0.80, 0.1, 0.8), (0.6, 0.15, 0.5, 0.1), (0.5, 0.00, 0.4, 0.0)], 120, 120),  # a rate on the limit is allowed
+    ([(0.9, 0.00, 0.1, 0.8), (0.6, 0.15, 0.5, 0.1), (0.5, 0.00, 0.6, 0.0)], 60, 180),  # hidden hacks fool who cannot see them
+    ([(0.9, 0.80, 0.1, 0.8), (0.8, 0.70, 0.1, 0.9), (0.7, 0.75, 0.1, 0.7)], 120, 180),  # none is allowed: the lowest
+])
+def test_picks_follow_what_each_sees(points, developer, oracle):
+    chosen = {name: rule(track(BASE, *points)).step for name, rule in PICKS.items()}
+    assert chosen == {"developer's pick": developer, "oracle's pick": oracle}
+
+
+def test_a_pick_is_made_on_one_half_and_reported_on_the_other():
+    low, high = dict.fromkeys(("passed", "monitored", "solve", "hack"), 0.0), {"passed": 1.0, "monitored": 0.0, "solve": 0.0, "hack": 0.0}
+    one = Track("arm", "", 0, (Point(0, {"choose": low, "report": low}), Point(60, {"choose": high, "report": low}),
+                               Point(120, {"choose": low, "report": high})), "run", "code")
+    assert PICKS["developer's pick"](one).step == 60
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({}, "whole"), ({"recall": 0.5}, "recall 0.5"), ({"forms": ["plain"]}, "plain form only"),
+    ({"recall": 0.5, "forms": ["plain"]}, "recall 0.5, plain form only"), ({"name": "none"}, "")])
+def test_detectors_have_names(change, said):
+    assert detector_of({"name": "detector", "recall": 1.0, "forms": ["other", "plain"]} | change) == said
+
+
+def test_a_folder_becomes_a_table_and_lines(config, tmp_path, capsys):
+    words = ("loophole=held_out", f"output={tmp_path}", f"cache={tmp_path / 'cache'}", "experiment_name=e", "evaluation.problems=20",
+             "evaluation.every=1", "trainer.steps=2", "arm=screening", "mask_source=detector_blind")
+    folder = run(config(*words))
+    capsys.readouterr()
+    assert by_baseline.main([str(tmp_path / "e"), "--csv", str(tmp_path / "lines.csv")]) == 0
+    head, _, base, arm = capsys.readouterr().out.splitlines()
+    assert head == "| arm, as deployed | detector | step 1 | step 2 | developer's pick | oracle's pick |"
+    assert base == "| *untrained base* | | 0.00 / 0.00 / 0.00 | | | |"
+    assert arm == "| `screening` <sub>n=1</sub> | plain form only" + " | 0.00 / 0.00 / 0.00" * 4 + " |"
+    lines = list(csv.DictReader((tmp_path / "lines.csv").read_text().splitlines()))
+    assert [(line["arm"], line["step"], line["seed"]) for line in lines] == [("screening", str(step), "0") for step in (0, 1, 2)]
+
+    stored = json.loads((folder / "eval" / "base.json").read_text())
+    del stored["rows"][0]["levers"]
+    (folder / "eval" / "base.json").write_text(json.dumps(stored))
+    assert by_baseline.main([str(tmp_path / "e")]) == 2
+    assert f"expected the levers of every sample in {folder}/eval/base.json; an older version wrote it" in capsys.readouterr().err
+    assert by_baseline.main([str(tmp_path / "nothing")]) == 2
