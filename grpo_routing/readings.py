@@ -210,8 +210,8 @@ def problem_of(row: dict, batch: list[Problem], file: Path) -> Problem:
     for problem in batch:
         if (problem.program.description, problem.loophole) == (row["prompt"], row["loophole"]):
             return problem
-    raise ReportError(f"expected in {file} rollouts of the problems that the config deals; step {row['step']} has no {row['prompt']!r} with "
-                      f"loophole {row['loophole']}. Run that run again with this code")
+    raise ReportError(f"expected in {file} rollouts of the problems that the config deals; step {row['step']} has no {row['prompt']!r} "
+                      f"with loophole {row['loophole']}. Run that run again with this code")
 
 
 def exploited(problem: Problem, text: str) -> bool:
