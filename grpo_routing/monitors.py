@@ -65,9 +65,10 @@ class Monitors:
         found: dict[str, list[Tensor]] = {"probe": [], "probe_now": [], "held": []}
         for at in range(0, len(answers), CHUNK):
             tokens = TokenBatch.of([(one.prompt, one.completion) for one in answers[at : at + CHUNK]], policy.pad, policy.device)
-            found["probe"].append(psi(self.probe, memory["probe"], policy, tokens, base=True))
-            found["probe_now"].append(psi(self.probe, memory["probe"], policy, tokens, base=False))
-            found["held"].append(psi(self.held, memory["held"], policy, tokens, base=True))
+            start, now = (states(self.probe, policy, tokens, base) for base in (True, False))  # held reads the same places as probe
+            found["probe"].append(along(start, memory["probe"]))
+            found["probe_now"].append(along(now, memory["probe"]))
+            found["held"].append(along(start, memory["held"]))
         return {name: finite(torch.cat(parts)) for name, parts in found.items()} | {
             "text": finite(self.text.read(policy, [one.text for one in answers], memory["text"]))}
 
@@ -78,12 +79,11 @@ class Monitors:
 
 
 @torch.no_grad()
-def psi(probe: PersonaActivation, memory: Memory, policy: Policy, tokens: TokenBatch, base: bool) -> Tensor:
-    """psi(y, theta0) with all blocks off, or psi(y, theta) with the policy as it stands, [B]; the direction is the same."""
+def states(probe: PersonaActivation, policy: Policy, tokens: TokenBatch, base: bool) -> dict[str, Tensor]:
+    """What psi(y, theta0) reads, with all blocks off, or psi(y, theta), with the policy as it stands: place -> [B, d]."""
     if base:
-        return along(probe.activations(policy, tokens), memory)
-    states = policy.hidden_at(tokens, probe.layers, probe.position)
-    return along(dict(zip(map(str, probe.layers), states)), memory)
+        return probe.activations(policy, tokens)
+    return dict(zip(map(str, probe.layers), policy.hidden_at(tokens, probe.layers, probe.position)))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def own_scores(ready: Plan, policy: Policy, state: State, basis: Basis | None, r
                answers: list[Answer], step: int, quarantine: float) -> Scores:
     """M_train's scores, of a source without any its flags. Its noise is drawn as in `step`; `quarantine` is the forward scale that the
     answers were sampled with."""
-    line = build_line(ready, policy, None, None)
+    line = build_line(ready, policy, None, None, problems=[])
     found, memory = [], state.memory
     for at in range(0, len(rows), CHUNK):
         part = slice(at, at + CHUNK)
@@ -151,7 +151,7 @@ def energy(grads: RolloutGrads, basis: Basis) -> Tensor:
 def hack_energies(ready: Plan, policy: Policy, bases: dict[str, Basis], rows: list[Row], answers: list[Answer],
                   quarantine: float) -> dict[str, Scores]:
     """`energy` of true hacks alone, in each basis."""
-    line, hacks = build_line(ready, policy, None, None), [at for at, row in enumerate(rows) if row.hacked]
+    line, hacks = build_line(ready, policy, None, None, problems=[]), [at for at, row in enumerate(rows) if row.hacked]
     found: dict[str, Scores] = {name: [] for name in bases}
     for at in range(0, len(hacks), CHUNK):
         chosen = hacks[at : at + CHUNK]

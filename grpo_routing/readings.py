@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from grpo_routing.adapters.adapter import DEPLOYED as DEPLOYED_BLOCK
@@ -22,7 +22,7 @@ from grpo_routing.build import Plan, build_line, build_policy
 from grpo_routing.checkpoint import load_checkpoint
 from grpo_routing.env.grader import extract_code
 from grpo_routing.env.loopholes import LOOPHOLES
-from grpo_routing.env.problems import Problem
+from grpo_routing.env.problems import LoopholeChoice, OpChains, Problem
 from grpo_routing.env.reading import form_present
 from grpo_routing.evasion import PART, Judged
 from grpo_routing.files import Record, write_json
@@ -187,8 +187,9 @@ class Maker:
             raise ReportError(f"expected {file}; it is not there")
         size = max(1, steps // PART)
         rows = [row for row in Record(file).rows() if row["source"] == STUDENT and not size <= row["step"] < steps - size]
-        line = build_line(self.ready, self.base, None, None)
-        problems = [problem_of(row, batch_of(line, row["step"]), file) for row in rows]
+        line = build_line(self.ready, self.base, None, None, problems=training_problems(self.ready.dataset, self.ready.loophole))
+        dealt = {step: batch_of(line, step) for step in {row["step"] for row in rows}}
+        problems = [problem_of(row, dealt[row["step"]], file) for row in rows]
         prompts = [self.ready.prompt.train(problem) for problem in problems]
         answers = Answer.of(self.base, prompts, [row["completion"] for row in rows], self.ready.trainer.max_new_tokens)
         scores = self.monitors.read(self.base, self.memory, answers)["probe"] if rows else []
@@ -203,6 +204,11 @@ class Maker:
         end = hack_energies(self.ready, policy, {"frozen": self.frozen, "now": now}, self.rows[DEPLOYED],
                             self.answers(policy, DEPLOYED), self.quarantine)
         return {"base": start["frozen"], **end}
+
+
+@lru_cache(maxsize=2)  # the runs of a folder draw from one set
+def training_problems(dataset: OpChains, loophole: LoopholeChoice) -> list[Problem]:
+    return dataset.training(loophole)
 
 
 def problem_of(row: dict, batch: list[Problem], file: Path) -> Problem:
