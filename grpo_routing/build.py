@@ -17,7 +17,7 @@ from grpo_routing.adapters import ADAPTERS
 from grpo_routing.adapters.adapter import QUARANTINE
 from grpo_routing.advantages import ADVANTAGES, Penalty
 from grpo_routing.env.grader import Grader
-from grpo_routing.env.problems import LoopholeChoice, OpChains
+from grpo_routing.env.problems import LoopholeChoice, OpChains, Problem
 from grpo_routing.extra_rollouts import EXTRA_ROLLOUTS
 from grpo_routing.health import Tripwire
 from grpo_routing.log import LOGGERS
@@ -243,8 +243,10 @@ def build_policy(plan: Plan) -> Policy:
     return Policy(model, tokenizer, plan.adapter.attach(model))
 
 
-def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, ceiling: Truth | None = None) -> Line:
+def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, ceiling: Truth | None = None,
+               problems: list[Problem] | None = None) -> Line:
+    """`problems` are drawn when they are not given."""
     return Line(
-        seed=plan.seed, policy=policy, problems=plan.dataset.training(plan.loophole), prompt=plan.prompt,
+        seed=plan.seed, policy=policy, problems=plan.dataset.training(plan.loophole) if problems is None else problems, prompt=plan.prompt,
         sampling=plan.sampling.fit(policy), extra_rollouts=plan.extra_rollouts, grader=grader, mask_source=plan.mask_source,
         advantage=plan.advantage, projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit, ceiling=ceiling)

@@ -27,7 +27,8 @@ from tests.test_configs import SOURCES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_routing"
 MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py", "deploy.py",
-             "recovery.py", "elicitation.py", "interrogate.py"}  # may know the truth
+             "recovery.py", "elicitation.py", "interrogate.py", "monitors.py", "evasion.py", "evasion_of_run.py",
+             "readings.py"}  # may know the truth
 
 
 def imported(file: Path) -> set[str]:

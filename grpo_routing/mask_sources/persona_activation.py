@@ -81,10 +81,7 @@ class PersonaActivation(DirectionSource):
                 shared = torch.stack([(memory[key] @ v).square() for key, v in fresh.items() if key.startswith("v/")]).mean()
                 memory = memory | self.refitted(shared, view.step)
             memory = memory | fresh
-        own, parts = self.activations(view.policy, view.tokens), []
-        for place, (name, h) in enumerate(own.items()):
-            parts.append((h.double() @ memory[f"v/{name}"] - memory["centre"][place]) / memory["scale"][place])
-        return torch.stack(parts).mean(0), memory
+        return along(self.activations(view.policy, view.tokens), memory), memory
 
     def fit(self, policy: Policy) -> Fit:
         """level: gradient. The basis, from the deployed policy as it stands."""
@@ -130,3 +127,10 @@ class PersonaActivation(DirectionSource):
             if self.place == "residual":
                 return dict(zip(map(str, self.layers), policy.hidden_at(tokens, self.layers, position)))
             return policy.pooled_coordinates(tokens, position)
+
+
+def along(activations: dict[str, Tensor], memory: Memory) -> Tensor:
+    """Scores [B] of activations place -> [B, d] under a fitted probe, whatever model they were read from."""
+    parts = [(h.double() @ memory[f"v/{name}"] - memory["centre"][place]) / memory["scale"][place]
+             for place, (name, h) in enumerate(activations.items())]
+    return torch.stack(parts).mean(0)
