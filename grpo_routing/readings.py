@@ -91,7 +91,8 @@ def readings_of(folder: Path, run: Run) -> Readings:
     loophole = ready.loophole
     monitors = Monitors.of(loophole.known, loophole.modes, pair_files(run.config["mask_source"]))
     rows = {state: rows_of(folder, state) for state in STATES}
-    kept = read_json(folder / FILE) or {}
+    stored = read_json(folder / FILE)
+    kept = {} if stored is None else stored
     if not isinstance(kept, dict) or not isinstance(kept.get("scores", {}), dict):
         raise ReportError(f"expected kept readings in {folder / FILE}; got something else. Remove it: it is made again")
     scores = kept.get("scores", {}) if kept.get("monitors") == monitors.settings else {}
