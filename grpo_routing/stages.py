@@ -16,7 +16,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_routing import build
-from grpo_routing.adapters.adapter import QUARANTINE
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTING = ("prompt", "sampling", "extra_rollouts", "mask_source", "advantage", "projection", "optimizer")  # in the order of the line
@@ -80,7 +79,7 @@ def declared(ready: build.Plan, config: dict) -> list[str]:
     signal = [word for word in dict.fromkeys(signal) if word not in ("flags", "scores")]  # those are the mask source's own
     told = {mode for group in acting for mode in known(getattr(ready, group))}
     knows = "**all, from the oracle (stamped)**" if ready.uses_oracle else "the known ones" if told else "nothing"
-    changes = ["quarantine deleted"] if QUARANTINE in ready.adapter.blocks else []
+    changes = ["quarantine deleted"] if ready.projection.needs_quarantine else []  # an svd has one that nothing may train
     changes += [word for group in acting for word in getattr(getattr(ready, group), "at_deployment", ())]
     return [", ".join(acting) or "–", ", ".join(signal) or "–", knows, ", ".join(changes) or "nothing"]
 

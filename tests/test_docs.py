@@ -88,6 +88,9 @@ def test_what_arms_declare_is_read_off_their_objects():
     assert rows["`inoculation`"] == ["prompt", "instruction", "nothing", "instruction dropped"]
     assert rows["`suppression`"] == ["sampling", "pairs, activations", "the known ones", "hooks of sampling gone"]
     assert rows["`ceiling`"][2:] == ["**all, from the oracle (stamped)**", "quarantine deleted"]
+    assert rows["`vanilla_svd`"] == rows["`vanilla`"]  # its quarantine is zero and stays it
+    assert rows["`route`"][3] == "quarantine deleted"
+    assert rows["`teacher`"] == ["extra_rollouts", "the pool's answers", "the known ones", "nothing"]
     assert rows["`erase`"] == ["mask_source, projection", "pairs", "the known ones", "nothing"]
 
 

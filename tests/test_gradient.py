@@ -164,3 +164,27 @@ def test_t_h2_a_response_of_twice_the_length_has_twice_the_gradient():
     value.sum().backward()
     short, long = log_probs.grad.sum(1).tolist()
     assert (short, long) == pytest.approx((-0.5 * 4 / 100, -0.5 * 8 / 100)) and long == pytest.approx(2 * short)
+
+
+def test_t_h1_the_loss_itself_does_not_see_padding():
+    """rollout_gradients cuts a batch to the width that it needs; here the padding reaches the loss, with log-probs that mean something."""
+    generator = torch.Generator().manual_seed(0)
+    log_probs = -torch.rand(2, 8, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    wide = torch.nn.functional.pad(mask, (0, 4))
+    loss, gains = PolicyLoss(0.2, 0.1, 100), torch.tensor([0.5, -1.0], dtype=torch.float64)
+    old, reference = log_probs - 0.1, log_probs + 0.2
+    narrow = loss(log_probs[:, :4], old[:, :4], reference[:, :4], gains, mask)
+    assert torch.equal(loss(log_probs, old, reference, gains, wide), narrow) and narrow.all()
+
+
+def test_t_h2_a_response_written_twice_has_twice_the_gradient_in_the_parameters():
+    """A policy without context, so that both copies have the same log-probs: exactly 2."""
+    loss, response, grads = PolicyLoss(0.2, 0.0, 100), torch.tensor([0, 2, 1, 2]), []
+    for tokens in (response, torch.cat([response, response])):
+        theta = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
+        log_probs = torch.log_softmax(theta, 0)[tokens][None]
+        gain, mask = torch.tensor([0.5], dtype=torch.float64), torch.ones_like(log_probs, dtype=torch.bool)
+        loss(log_probs, log_probs.detach(), None, gain, mask).sum().backward()
+        grads.append(theta.grad)
+    assert torch.allclose(grads[1], 2 * grads[0], rtol=1e-14, atol=0) and grads[0].all()

@@ -138,7 +138,7 @@ class AdvantageThatVaries:
 NOISY = ["mask_source.false_positive=0.5"]  # nor does it hack; so flags that mean nothing, but are there
 LOOKALIKE = [*NOISY, "mask_source.pilot=2"]
 ARMS = {"vanilla": [], "erase": [], "route": [], "filter": NOISY, "sgtm": NOISY, "graft": NOISY, "gradient_routing": NOISY,
-        "graft_lookalike": LOOKALIKE, "route_gradient": [], "tdga": ["mask_source.steps=3"],
+        "graft_lookalike": LOOKALIKE, "route_gradient": [], "suppression": [], "tdga": ["mask_source.steps=3"],
         "sourced": ["mask_source=persona_activation", "mask_source.calibration.pilot=2"],
         "confession": ["extra_rollouts.judge.false_positive=0.5", "extra_rollouts.format_weight=1.0"],
         "fingerprint": ["arm=sourced", "mask_source=fingerprint"], "logp_gap": ["arm=sourced", "mask_source=logp_gap"]}
