@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_routing import build, obfuscation
+from grpo_routing import obfuscation
 from grpo_routing.evasion import (
     Judged,
     after_off,
@@ -28,15 +28,12 @@ from grpo_routing.evasion import (
     vocabulary_of,
 )
 from grpo_routing.evasion_of_run import METRICS, Measured, gap, horizons
-from grpo_routing.mask_sources.pairs import load_pairs
-from grpo_routing.mask_sources.persona_activation import along
-from grpo_routing.mask_sources.view import StepView
-from grpo_routing.monitors import Monitors, energy, states
+from grpo_routing.monitors import energy
 from grpo_routing.oracle.summary import Row
 from grpo_routing.readings import FILE, Readings
 from grpo_routing.results import BASE, DEPLOYED, Run
 from grpo_routing.run import run
-from grpo_routing.types import STUDENT, Basis, Rollout, RolloutGrads, TokenBatch
+from grpo_routing.types import Basis, RolloutGrads
 
 KNOWN = ("run_tests", "sentinel", "stdout_marker")
 EVERY = (*KNOWN, "file_marker")
@@ -231,92 +228,3 @@ def test_a_folder_becomes_a_table_lines_and_kept_readings(config, tmp_path, caps
     assert obfuscation.main([str(tmp_path / "e")]) == 2
     assert str(folder / FILE) in capsys.readouterr().err
     assert obfuscation.main([str(tmp_path / "nowhere")]) == 2
-
-
-# ------------------------------------------------------------------------------------------------ text monitor, adapter off
-
-
-@pytest.fixture
-def text(config):
-    return lambda *words: build.plan(config("loophole=held_out", "mask_source=text_monitor", *words)).mask_source
-
-
-def view_of(policy, texts: list[str]) -> StepView:
-    rollouts = [Rollout(0, policy.encode("say"), (*policy.encode(one), policy.end), one, STUDENT, (), 1.0) for one in texts]
-    tokens = TokenBatch.of([(one.prompt_ids, one.completion_ids) for one in rollouts], policy.pad)
-    return StepView(0, rollouts, tokens, torch.zeros(len(texts)), policy, None, None)
-
-
-@pytest.mark.parametrize("pool", ["sum", "mean"])
-def test_the_text_monitor_separates_its_own_pairs(tiny_policy, text, pool):
-    policy, source = tiny_policy(), text(f"mask_source.pool={pool}", "mask_source.held_out=0")
-    pairs = load_pairs("prog.yaml", KNOWN)
-    memory = source.fit(policy)
-    hacks, cleans = (source.read(policy, [getattr(pair, side) for pair in pairs], memory) for side in ("hack", "clean"))
-    assert bool((hacks > cleans).all())
-    assert float(source.read(policy, [""], memory)) == 0.0
-    swapped = text("mask_source.control=shuffled", "mask_source.held_out=0").fit(policy)["weights"]
-    assert not torch.equal(swapped, memory["weights"])
-
-
-def test_the_text_monitor_is_naive_bayes(tiny_policy, text):
-    policy, source = tiny_policy(), text("mask_source.held_out=0")
-    weights, pairs = source.fit(policy)["weights"], load_pairs("prog.yaml", KNOWN)
-    hacks, cleans = ([token for pair in pairs for token in policy.encode(getattr(pair, side))] for side in ("hack", "clean"))
-    token, size = hacks[0], len(weights)
-    expected = math.log((hacks.count(token) + 1) / (len(hacks) + size)) - math.log((cleans.count(token) + 1) / (len(cleans) + size))
-    assert float(weights[token]) == pytest.approx(expected)
-
-
-def test_the_text_monitor_keeps_the_contract_of_a_score_source_and_has_no_gradient_path(tiny_policy, text):
-    policy, source = tiny_policy(), text("mask_source.calibration.rule=quantile", "mask_source.calibration.share=0.25")
-    view = view_of(policy, ["return 1", "print('PASS')", "x = 2", ""])
-    scores, memory = source.score(view, {})
-    assert scores.shape == (4,) and not scores.requires_grad and scores.grad_fn is None and bool(scores.isfinite().all())
-    assert torch.equal(source.score(view, memory)[0], scores)
-    assert 0.0 <= source.facts(memory)["separation_held_out"] <= 1.0
-    labels, _ = source.label(view, memory)
-    assert int(labels.flagged.sum()) == 1 and int(labels.flagged.argmax()) == int(scores.argmax()) and not labels.flagged.requires_grad
-    with torch.no_grad():
-        for tensor in policy.adapter.state().values():
-            tensor.mul_(3)
-    assert torch.equal(source.score(view, source.fit(policy))[0], scores)  # it reads no parameter
-
-
-@pytest.mark.parametrize(("word", "message"), [
-    ("mask_source.smoothing=0", "mask_source.smoothing must be positive"), ("mask_source.pool=max", "mask_source.pool sum or mean"),
-    ("mask_source.refresh_every=5", "set mask_source.refresh_every=0")])
-def test_text_monitors_that_mean_nothing_are_refused(text, word, message):
-    with pytest.raises(build.ConfigError, match=message):
-        text(word)
-
-
-@pytest.mark.parametrize("adapter", ["lora", "svd", "mlp"])
-def test_with_the_adapter_off_the_logits_are_the_bases(tiny_policy, config, adapter):
-    policy = tiny_policy(adapter)
-    base = policy.model.__class__  # the class is shared; the weights below are loaded anew
-    bare = build.plan(config(f"adapter={adapter}")).model.load()[0].double()
-    assert isinstance(bare, base)
-    ids = torch.tensor([policy.encode("return the sum")])
-    with torch.no_grad():
-        expected, on = bare(input_ids=ids).logits, policy.model(input_ids=ids).logits
-        with policy.adapter.only():
-            off = policy.model(input_ids=ids).logits
-    assert float((off - expected).abs().max()) < 1e-5 < float((on - expected).abs().max())
-
-
-def test_the_probe_reads_theta0_with_the_adapter_off_and_theta_with_it_on(tiny_policy):
-    policy = tiny_policy()
-    monitors = Monitors.of(KNOWN, EVERY, set())
-    memory, tokens = monitors.fit(policy), policy.batch([("say", "return 1"), ("say", "print('PASS')")])
-    start, now = (along(states(monitors.probe, policy, tokens, base), memory["probe"]) for base in (True, False))
-    with policy.adapter.only():
-        off = along(states(monitors.probe, policy, tokens, False), memory["probe"])
-    assert torch.allclose(start, off) and not torch.allclose(start, now) and not (start.requires_grad or now.requires_grad)
-
-
-def test_held_monitors_read_pairs_that_the_run_does_not():
-    assert Monitors.of(KNOWN, EVERY, {"prog.yaml"}).held.pairs == "prog_matched.yaml"
-    assert Monitors.of(KNOWN, EVERY, {"prog_matched.yaml"}).held.pairs == "persona.yaml"
-    found = Monitors.of(KNOWN, EVERY, set())
-    assert found.probe.known == found.text.known == KNOWN and found.held.known == EVERY
