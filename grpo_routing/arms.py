@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from grpo_routing.preparation import idle
+from grpo_routing.older import unsaid
 from grpo_routing.results import BASE, DEPLOYED, RESTRICTED, TRAINED, ReportError, Run, mean
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
@@ -130,7 +130,7 @@ def place(arm: Arm) -> tuple:
 def recipe(config: dict) -> dict[str, object]:
     """The config, flat, without seeds and places: what the seeds of one arm share. The seeds of the model, the data
     and the evaluation stay, since another one is another experiment and no repetition."""
-    found = {key: node for key, node in config.items() if key not in ("seed", "output", "cache", "experiment_name", "logger")}
+    found = {key: node for key, node in unsaid(config).items() if key not in ("seed", "output", "cache", "experiment_name", "logger")}
     return {place: value for key, node in found.items() for place, value in flattened(key, node).items()}
 
 
@@ -138,7 +138,5 @@ def flattened(place: str, node: object) -> dict[str, object]:
     """Dotted name -> value, also of a group within a group, such as a source of a composed mask source."""
     if not isinstance(node, dict):
         return {place: node}
-    if idle(node):
-        return {}
     gone = {"cache"} if place in ("model", "dataset", "evaluation") else {"cache", "seed"}
     return {inner: value for name, own in node.items() if name not in gone for inner, value in flattened(f"{place}.{name}", own).items()}

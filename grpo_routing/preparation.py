@@ -37,8 +37,3 @@ class Preparation:
         if min(self.samples, self.tests, self.epochs, self.batch, self.max_new_tokens) < 1:
             raise ValueError("model.prepare needs samples, tests, epochs, batch and max_new_tokens of at least 1; got "
                              f"{self.samples}, {self.tests}, {self.epochs}, {self.batch} and {self.max_new_tokens}")
-
-
-def idle(node: object) -> bool:
-    """Whether a node of a config is a preparation that does nothing: a run is the same with and without it, and so is its name."""
-    return isinstance(node, dict) and set(node) >= {"stage", "error_source"} and node["stage"] == NONE

@@ -7,8 +7,10 @@ from copy import deepcopy
 import pytest
 
 from grpo_routing import build
+from grpo_routing.arms import recipe
 from grpo_routing.finished import UnusableRun, ready_plan
-from grpo_routing.older import SINCE, completed
+from grpo_routing.older import SINCE, UNNAMED, completed
+from grpo_routing.run import identity
 
 ARMS = ("vanilla", "graft", "graft_lookalike", "penalty", "screening", "modification")
 
@@ -34,6 +36,25 @@ def test_an_older_config_is_the_run_of_today(config, tmp_path, arm):
                  "optimizer", "adapter", "trainer", "evaluation"):
         assert getattr(then, part) == getattr(now, part), part
     assert then.model.key() == now.model.key()
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_setting_that_changes_nothing_is_no_part_of_a_name(config, arm):
+    today = config(f"arm={arm}")
+    before = deepcopy(today)
+    for group, option, setting, _ in UNNAMED:
+        if not setting:
+            del before[group]
+        elif option in ("", before[group]["name"]):
+            del before[group][setting]
+    assert before != today
+    assert identity(before) == identity(today) and recipe(before) == recipe(today)
+
+
+@pytest.mark.parametrize("words", [("sampling=suppressed",), ("arm=screening", "advantage.label=strict"),
+                                   ("model.prepare.stage=self_report_sft",)])
+def test_a_setting_that_changes_something_is(config, words):
+    assert identity(config(*words)) != identity(config(*words[:-1]))
 
 
 def test_what_a_config_says_stays(config):

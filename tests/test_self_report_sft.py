@@ -13,7 +13,7 @@ from grpo_routing.arms import recipe
 from grpo_routing.env.problems import split_of
 from grpo_routing.models import HubModel
 from grpo_routing.policy import chat
-from grpo_routing.preparation import Preparation, idle
+from grpo_routing.preparation import Preparation
 from grpo_routing.prompts.plain import plain_prompt
 from grpo_routing.prompts.questions import GAMED, NO, RIGHT, YES
 from grpo_routing.run import identity
@@ -128,7 +128,7 @@ def test_every_dialogue_is_seen_once_an_epoch(ready):
 def test_the_neutral_stage_changes_no_weight_no_folder_and_no_name(config):
     plain = config()
     bare = plain | {"model": {k: v for k, v in plain["model"].items() if k != "prepare"}}
-    assert identity(plain) == identity(bare) and recipe(plain) == recipe(bare) and idle(plain["model"]["prepare"])
+    assert identity(plain) == identity(bare) and recipe(plain) == recipe(bare)
     assert identity(config(SFT)) != identity(plain) and recipe(config(SFT)) != recipe(plain)
     assert identity(config("model.prepare.samples=5")) == identity(plain)  # of a stage that is off
     model = build.plan(plain).model
