@@ -135,7 +135,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 @dataclass(frozen=True)
 class Spread:
     """Standard deviations of a difference of rates: between seeds (of what each would be over all problems), and within a seed between
-    problems; how many problems a seed answers."""
+    problems (beyond what a problem does in all seeds alike, which moves no seed from the others); how many problems a seed answers."""
 
     between: float
     within: float
@@ -148,12 +148,13 @@ class Spread:
 
 
 def spread(differences: np.ndarray) -> Spread:
-    """Both parts from d [n, m]. Raises ValueError below two seeds or two problems."""
+    """Both parts from d [n, m], by analysis of variance. Raises ValueError below two seeds or two problems."""
     seeds, problems = checked(differences).shape
     if min(seeds, problems) < 2:
         raise ValueError(f"a spread needs two seeds and two problems; got {seeds} and {problems}. Run another seed")
-    within = differences.var(1, ddof=1).mean()
-    between = max(0.0, differences.mean(1).var(ddof=1) - within / problems)
+    rest = differences - differences.mean(1, keepdims=True) - differences.mean(0) + differences.mean()
+    within = float((rest**2).sum() / ((seeds - 1) * (problems - 1)))
+    between = max(0.0, float(differences.mean(1).var(ddof=1)) - within / problems)
     return Spread(math.sqrt(between), math.sqrt(within), problems)
 
 

@@ -168,10 +168,11 @@ def test_what_can_just_be_found_is_found_four_times_in_five(seeds):
 
 
 def test_the_spread_within_a_seed_is_taken_off_that_between_them():
-    differences = np.array([[0.0, 1.0], [1.0, 0.0], [3.0, 2.0]])  # within: variance 0.5 each; means 0.5, 0.5, 2.5: variance 4/3
+    differences = np.array([[0.0, 1.0], [1.0, 0.0], [3.0, 2.0]])  # residuals ∓2/3, ±1/3, ±1/3 with 2 degrees; seed means vary by 4/3
     found = spread(differences)
-    assert (found.within**2, found.between**2, found.problems) == pytest.approx((0.5, 4 / 3 - 0.25, 2))
+    assert (found.within**2, found.between**2, found.problems) == pytest.approx((2 / 3, 1.0, 2))
     assert found.of_seed**2 == pytest.approx(4 / 3) and sem(differences) == pytest.approx(math.sqrt(4 / 9))
     assert spread(np.array([[0.0, 1.0], [1.0, 0.0]])).between == 0.0
+    assert spread(np.array([[0.0, 1.0], [0.0, 1.0]])).of_seed == 0.0  # the problems differ, the seeds do not
     with pytest.raises(ValueError, match="a spread needs two seeds and two problems; got 1 and 2"):
         spread(differences[:1])
