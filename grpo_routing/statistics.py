@@ -38,7 +38,7 @@ class Interval:
 
     def turned(self) -> Interval:
         """Of the difference with the other sign."""
-        return Interval(-self.mean, -self.high, -self.low)
+        return Interval(0.0 - self.mean, 0.0 - self.high, 0.0 - self.low)  # no -0.0
 
 
 def generator(*name: object) -> np.random.Generator:
@@ -51,7 +51,7 @@ def interval(differences: np.ndarray, resamples: int = RESAMPLES) -> Interval:
 
     Seeds and problems are drawn with replacement, independently; a problem that is drawn is drawn for all seeds (two-way bootstrap, Owen
     2007, "The pigeonhole bootstrap"). Drawing problems anew within every seed would treat a problem that is hard for all seeds as n
-    independent ones: simulated, such intervals held the truth in 64 to 79 % of cases (5 and 10 seeds, 80 problems). Ours differs from the
+    independent ones: simulated, such intervals held the truth in 82 % of cases (5 seeds, tests/test_statistics.py). Ours differs from the
     paper's in two ways. The deviations of seeds and of problems are added without their interaction, which both already contain. And those
     of seeds are stretched by sqrt(n / (n - 1)) t / z, because the percentiles of few seeds are too narrow: with seeds alone the interval
     has the width of Student's. Raises ValueError for what is no such table.

@@ -79,6 +79,20 @@ def test_the_truth_lies_within_in_95_of_100(seeds, seed, problem):
     assert 0.93 <= hits / times <= 0.99  # 0.95 but for chance (0.011) and for the noise that both levels contain
 
 
+def test_intervals_that_forget_the_shared_problems_hold_too_rarely():
+    """Why problems are not drawn within seeds, and why a t-interval over seeds says nothing about other problems (docs/evidence.md)."""
+    random, hits, times = np.random.default_rng(6), np.zeros(3), 300
+    for _ in range(times):
+        differences = crossed(random, (5, 60), 0.2, 0.08, 0.4, 0.4)
+        drawn = differences[random.integers(5, size=(200, 5))]
+        within = np.take_along_axis(drawn, random.integers(60, size=drawn.shape), axis=2).mean((1, 2))
+        ours, (_, low, high) = interval(differences, resamples=400), student_interval(list(differences.mean(1)))
+        for place, (least, most) in enumerate(((ours.low, ours.high), np.quantile(within, [0.025, 0.975]), (low, high))):
+            hits[place] += least <= 0.2 <= most
+    ours, within, student = hits / times
+    assert ours > 0.93 and within < 0.9 and student < 0.9, (ours, within, student)
+
+
 def test_an_interval_is_the_same_every_time_and_ends_where_rates_do():
     differences = crossed(np.random.default_rng(3), (4, 30), 0.9, 0.1, 0.1, 0.1)
     first = interval(differences)
