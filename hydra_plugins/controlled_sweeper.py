@@ -7,6 +7,8 @@ a sweep does that lacks the control of one (`mask_source.control` or `sampling.c
     add      runs it too: the same overrides and that word (default)
     refuse   ends with the list of what is missing
     none     runs what was asked for
+
+`hypotheses` are frozen with the plan, before the first run (grpo_routing/preregistration.py).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 
 from grpo_routing.build import ConfigError, Plan, plan
+from grpo_routing.preregistration import register
+from grpo_routing.results import ReportError
 
 log = logging.getLogger("grpo_routing")
 CHOICES = ("add", "refuse", "none")
@@ -27,29 +31,42 @@ NAMES = ("arm_name", "experiment_name", "output", "cache", "logger")  # what two
 
 
 class ControlledSweeper(BasicSweeper):
-    def __init__(self, max_batch_size: int | None, controls: str, params: dict | None = None) -> None:
+    def __init__(self, max_batch_size: int | None, controls: str, hypotheses: list, params: dict | None = None) -> None:
         super().__init__(max_batch_size, params)
         if controls not in CHOICES:
             raise HydraException(f"hydra.sweeper.controls must be one of {', '.join(CHOICES)}; got {controls!r}")
         self.controls = controls
+        self.hypotheses = OmegaConf.to_container(OmegaConf.create(list(hypotheses)), resolve=True)
 
     def split_arguments(self, overrides: list, max_batch_size: int | None) -> list[list[list[str]]]:
         """The jobs of the sweep, its controls included. Raises HydraException with everything that is wrong or missing."""
         jobs = [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
         planned = self._planned(jobs)
-        there, missing = {recipe(config) for _, config in planned}, {}
+        there, missing, configs = {recipe(config) for _, config in planned}, {}, [config for _, config in planned]
         for job, config in planned:
             for group, wanted in controls_of(plan(config)).items():
                 control = config | {group: config[group] | {"control": wanted}}
                 if recipe(control) not in there:
                     missing[recipe(control)] = [*job, f"{group}.control={wanted}"]
+                    configs += [control] * (self.controls == "add")
         if missing and self.controls == "refuse":
             said = "\n".join(" ".join(job) for job in missing.values())
             raise HydraException(f"the sweep lacks {len(missing)} controls; add them, or set hydra.sweeper.controls=add or none:\n{said}")
         if missing and self.controls == "add":
             log.info("adding %d controls to %d runs (hydra.sweeper.controls=none leaves them out)", len(missing), len(jobs))
             jobs += missing.values()
+        if self.hypotheses:
+            self._register(configs)
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))
+
+    def _register(self, configs: list[dict]) -> None:
+        """Freeze what the sweep claims. Raises HydraException for claims that are malformed or about what is not in it."""
+        try:
+            said = register(self.hypotheses, configs, self.config.hydra.runtime.choices["experiment"])
+        except ReportError as error:
+            raise HydraException(f"the sweep was refused before its first run:\n{error}") from error
+        for line in said:
+            log.warning(line) if line.startswith("!!!") else log.info(line)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Nothing: the whole sweep was planned already."""
