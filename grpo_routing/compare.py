@@ -169,13 +169,19 @@ def records(lines: list[Line], within: float) -> str:
     return screen.getvalue()
 
 
+def width(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"expected a difference above 0, such as {WITHIN:g}; got {text}")
+    return float(text)
+
+
 def main(argv: list[str]) -> int:
     """Print the page; the exit status is 2 when the comparison is refused."""
     parser = argparse.ArgumentParser(prog="python -m grpo_routing.compare", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", type=Path, help="outputs/<experiment>, which holds runs/")
     parser.add_argument("--arms", type=lambda text: text.split(","), help="names of arms, with commas; all when left out")
     parser.add_argument("--loophole", help="only runs on it")
-    parser.add_argument("--solve-within", type=float, default=WITHIN, help="difference in solve that counts as none (%(default)s)")
+    parser.add_argument("--solve-within", type=width, default=WITHIN, help="difference in solve that counts as none (%(default)s)")
     parser.add_argument("--without-controls", action="store_true", help="do not ask for the control of every method")
     parser.add_argument("--csv", type=Path)
     asked = parser.parse_args(argv)

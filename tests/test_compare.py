@@ -220,6 +220,9 @@ def test_the_command_says_why_it_refuses(tmp_path, capsys):
     assert said.out == "" and said.err.startswith("not compared:\n- penalty has no control")
     assert "penalty has no vanilla in the folder" in said.err
     assert main([str(tmp_path), "--without-controls"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--solve-within", "0"])
+    assert "expected a difference above 0, such as 0.1; got 0" in capsys.readouterr().err
 
 
 def test_one_seed_has_no_interval(tmp_path, capsys):
