@@ -37,7 +37,8 @@ CODE = Path(__file__).resolve().parent.parent
 
 class SweepLauncher(Launcher):
     def __init__(self, **settings: object) -> None:
-        plain = {key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value for key, value in settings.items()}
+        plain = {key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+                 for key, value in settings.items()}
         try:
             self.settings = settings_of(plain)
         except LaunchError as error:

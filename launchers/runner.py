@@ -139,7 +139,7 @@ def _follow(child: subprocess.Popen, log: Path) -> list[str]:
     def copy() -> None:
         try:
             log.parent.mkdir(exist_ok=True)
-            handle = open(log, "a", encoding="utf-8", buffering=1)
+            handle = log.open("a", encoding="utf-8")
         except OSError:
             handle = None
         for raw in child.stdout:

@@ -66,7 +66,8 @@ def statuses(plan: SweepPlan) -> tuple[list[RunStatus], str]:
     except (OSError, LaunchError) as error:
         states, remark = {}, f"sacct: {error}"
     pool = _pool(plan, found)
-    return [_status(one, files[one.folder], found.get(one.folder), queue if not remark else None, states, pool) for one in plan.entries], remark
+    known = None if remark else queue
+    return [_status(one, files[one.folder], found.get(one.folder), known, states, pool) for one in plan.entries], remark
 
 
 def _files(folder: Path) -> tuple[dict, dict | None, list[dict]]:

@@ -78,7 +78,7 @@ def cancelled(rows: list[dict], since: float) -> bool:
 
 
 def ended_by(rows: list[dict]) -> dict[str, int]:
-    """How often the run ended by each cause since someone last asked for it by hand. A start without an end is the next start's to judge."""
+    """How often the run ended by each cause since it was last forgiven. A start without an end is the next start's to judge."""
     counts: dict[str, int] = {}
     for row in rows:
         if row["event"] == "forgive":

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -18,9 +18,12 @@ WIDTH = 140  # columns of a table that no terminal reads
 QUIET = 600  # seconds without a sign of life after which a running run says so
 
 
-def table(plan: SweepPlan, found: list[RunStatus], remark: str) -> Table:
-    made = Table(box=None, pad_edge=False, header_style="", title=f"{plan.root}: {counts(found)}", title_justify="left", title_style="",
-                 caption=remark or None, caption_justify="left")
+def heading(plan: SweepPlan, found: list[RunStatus], remark: str) -> str:
+    return f"{plan.root}: {counts(found)}" + (f"\nSLURM did not answer, this is what the files say: {remark}" if remark else "")
+
+
+def table(found: list[RunStatus]) -> Table:
+    made = Table(box=None, pad_edge=False, header_style="")
     for column, justify in (("run", "left"), ("state", "left"), ("step", "right"), ("hack", "right"), ("left", "right"), ("turns", "right"),
                             ("job", "left"), ("why", "left")):
         made.add_column(column, justify=justify, overflow="fold" if column == "why" else "ellipsis", no_wrap=column != "why")
@@ -44,7 +47,8 @@ def span(seconds: float) -> str:
 
 def show(plan: SweepPlan, found: list[RunStatus], remark: str) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH, color_system=None)
-    console.print(table(plan, found, remark), highlight=False, markup=False)
+    console.print(heading(plan, found, remark), highlight=False, markup=False, soft_wrap=True)
+    console.print(table(found), highlight=False, markup=False)
 
 
 def watch(plan: SweepPlan, again: bool, say: Callable[[str], None]) -> list[RunStatus]:
@@ -55,7 +59,7 @@ def watch(plan: SweepPlan, again: bool, say: Callable[[str], None]) -> list[RunS
         while True:
             plan = read_plan(root)
             found, remark = statuses(plan)
-            live.update(table(plan, found, remark), refresh=True)
+            live.update(Group(heading(plan, found, remark), table(found)), refresh=True)
             if not sys.stdout.isatty() and (line := f"{root}: {remark or counts(found)}") != before:
                 say(line)
                 before = line

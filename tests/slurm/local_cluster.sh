@@ -2,7 +2,7 @@
 # local_cluster.sh - a real, throw-away SLURM cluster on loopback (Debian/Ubuntu packages).
 #
 #   local_cluster.sh start  DIR [--cpus N] [--gpus N] [--nodes N] [--mem MB] [--auth munge|none]
-#                             [--no-install] [--sacct shim|none] [--max-array N]
+#                             [--no-install] [--sacct shim|none] [--max-array N] [--kill-wait S]
 #   local_cluster.sh status DIR
 #   local_cluster.sh stop   DIR [--purge]
 #   local_cluster.sh env    DIR          # prints `export ...` lines: eval "$(local_cluster.sh env DIR)"
@@ -20,10 +20,10 @@ now() { date +%s.%N; }
 cmd=${1:-}; dir=${2:-}
 [ -n "$cmd" ] && [ -n "$dir" ] || { sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
 shift 2
-cpus=$(nproc); gpus=2; nodes=1; mem=; auth=munge; install=1; sacct=shim; purge=0; maxarray=1001
+cpus=$(env -u OMP_NUM_THREADS nproc); gpus=2; nodes=1; mem=; auth=munge; install=1; sacct=shim; purge=0; maxarray=1001; killwait=5
 while [ $# -gt 0 ]; do case $1 in
   --cpus) cpus=$2; shift 2;; --gpus) gpus=$2; shift 2;; --nodes) nodes=$2; shift 2;;
-  --mem) mem=$2; shift 2;; --auth) auth=$2; shift 2;; --sacct) sacct=$2; shift 2;; --max-array) maxarray=$2; shift 2;;
+  --mem) mem=$2; shift 2;; --auth) auth=$2; shift 2;; --sacct) sacct=$2; shift 2;; --max-array) maxarray=$2; shift 2;; --kill-wait) killwait=$2; shift 2;;
   --no-install) install=0; shift;; --purge) purge=1; shift;; *) die "unknown option $1";; esac; done
 mkdir -p "$dir" || die "cannot create $dir"
 dir=$(cd "$dir" && pwd -P)
@@ -165,7 +165,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MinJobAge=86400
 MaxArraySize=$maxarray
-KillWait=5
+KillWait=$killwait
 ReturnToService=2
 SlurmdTimeout=0
 $grestypes$nodelines
