@@ -51,12 +51,13 @@ class SweepLauncher(Launcher):
 
     def plan(self, runs: list[tuple[Composed, Plan]]) -> list[str]:
         """Take the runs of the sweep; returns what is wrong with them together."""
-        roots = sorted({str(run_folder(one.config, ready).parent.parent) for one, ready in runs})
+        folders = [run_folder(one.config, ready) for one, ready in runs]
+        roots = sorted({str(folder.parent.parent) for folder in folders})
         if len(roots) > 1:
             return [f"a sweep goes into one folder; these go to {', '.join(roots)}. Sweep them one after another"]
-        for one, ready in runs:
+        for folder, (one, ready) in zip(folders, runs):
             resources = resources_of(self.settings, one.choices["model"], ready.arm_name)
-            self.runs.append((Entry(run_folder(one.config, ready).name, ready.arm_name, ready.loophole.name, ready.seed,
+            self.runs.append((Entry(folder.name, ready.arm_name, ready.loophole.name, ready.seed,
                                     ready.trainer.steps, resources.__dict__), one.config))
         entries = [entry for entry, _ in self.runs]
         if not roots:

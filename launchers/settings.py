@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -119,10 +120,13 @@ def settings_of(values: dict) -> Settings:
     return made
 
 
+_adapter = cache(TypeAdapter)  # making one takes longer than all that it checks
+
+
 def checked(kind: type, values: dict, where: str) -> Any:
     """An object of `kind`. Raises LaunchError."""
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         said = [f"{'.'.join([where, *map(str, one['loc'])])}: {one['msg'].lower()}; got {one['input']!r}" for one in error.errors()]
         raise LaunchError("\n".join(said)) from error

@@ -56,6 +56,10 @@ class Cluster:
         """Watch until nothing is queued or running; returns what was shown."""
         return self.launchers("watch", root, check=False).stdout
 
+    def signal(self, name: str, job: str) -> None:
+        """scancel; a busy controller may say `try again later`."""
+        until(lambda: self.run("scancel", f"--signal={name}", job, check=False).returncode == 0, f"scancel --signal={name} {job}")
+
     def state(self, job: str) -> str:
         """SLURM's own word for a job."""
         said = self.run("scontrol", "-o", "show", "job", job).stdout.splitlines()
@@ -77,6 +81,10 @@ def starts(run: Path) -> list[dict]:
 
 
 def causes(run: Path) -> list[str]:
+    """How its turns ended. The runner writes that a moment after the worker has written the run's own state."""
+    deadline = time.monotonic() + 30
+    while rows(run / "launches.jsonl")[-1]["event"] != "end" and time.monotonic() < deadline:
+        time.sleep(0.2)
     return [row["cause"] for row in rows(run / "launches.jsonl") if row["event"] == "end"]
 
 

