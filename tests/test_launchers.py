@@ -233,6 +233,8 @@ def test_a_local_sweep_from_plan_to_report_with_a_signal_on_the_way(tmp_path, ca
     assert "nothing to submit" in python("launchers", "submit", root).stdout
     shown = python("launchers", "watch", root, timeout=300)
     assert shown.returncode == 0 and "2 done" in shown.stdout, shown.stdout
+    while launches(first)[-1]["event"] != "end" and time.monotonic() < deadline + 300:  # written a moment after the run's own state
+        time.sleep(0.05)
     ends = [row["cause"] for row in launches(first) if row["event"] == "end"]
     assert ends in (["preempted", "finished"], ["finished"])  # the signal may come in the last step
     assert "2 of 2 runs finished" in python("launchers", "collect", root).stdout and (root / "results.parquet").exists()

@@ -99,14 +99,16 @@ def until(happened: Callable[[], object], what: str) -> object:
 
 
 def at_step(run: Path, step: int) -> None:
-    until(lambda: len(rows(run / "timing.jsonl")) >= step and (run / "checkpoints" / "latest").exists(), f"step {step} of {run.name}")
+    there = run / "checkpoints" / "latest"
+    until(lambda: len(rows(run / "timing.jsonl")) >= step and there.exists(), f"step {step} of {run.name}")
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """Started once. Fails, and never skips, where SLURM cannot be had."""
     place = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([str(SCRIPT), "start", str(place), "--max-array", str(LIMIT), "--kill-wait", "20"], capture_output=True, text=True)
+    started = subprocess.run([str(SCRIPT), "start", str(place), "--max-array", str(LIMIT), "--kill-wait", "20"],
+                             capture_output=True, text=True)
     if started.returncode:
         pytest.fail("expected a local SLURM cluster (Debian packages slurmctld slurmd slurm-client munge; installed when missing, by root "
                     f"and from the package index); it did not start:\n{started.stdout}{started.stderr}", pytrace=False)
