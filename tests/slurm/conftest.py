@@ -57,8 +57,8 @@ class Cluster:
         return self.launchers("watch", root, check=False).stdout
 
     def signal(self, name: str, job: str) -> None:
-        """scancel; a busy controller may say `try again later`."""
-        until(lambda: self.run("scancel", f"--signal={name}", job, check=False).returncode == 0, f"scancel --signal={name} {job}")
+        """Once: a busy controller may say `try again later` although the signal went out, and a second one would hit the next turn."""
+        self.run("scancel", f"--signal={name}", job, check=False)
 
     def state(self, job: str) -> str:
         """SLURM's own word for a job."""
