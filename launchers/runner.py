@@ -100,9 +100,11 @@ def _ended(plan: SweepPlan, folder: Path, job: str, code: int, asked: list[int],
             print(f"{folder}: {cause} {used} times, and launcher.retries.{cause} is {allowed}; not started again. "
                   f"python -m launchers retry {plan.root} does", file=sys.stderr, flush=True)
             return STOPPED
-        if now in ("RUNNING", "TIMEOUT", "COMPLETING"):  # a preempted job is requeued by SLURM itself
+        if now in ("RUNNING", "TIMEOUT"):  # a preempted job is requeued by SLURM itself
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)  # everything is written: SLURM may end us at once
             subprocess.run(["scontrol", "requeue", slurm_job], timeout=slurm.TIMEOUT)
-            time.sleep(30)  # SLURM ends us: an exit now could still be taken for the job's own
+            time.sleep(30)  # which it does; an exit now could still be taken for the job's own
     return STOPPED
 
 

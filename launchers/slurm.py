@@ -164,10 +164,21 @@ def job_state(line: str) -> tuple[str, str]:
 
 
 def state_now(job: str) -> str:
-    """State of one job; empty when SLURM does not say."""
+    """State of the job that asks; empty when SLURM does not say."""
     done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=TIMEOUT)
     lines = [line for line in done.stdout.splitlines() if "JobId=" in line]
-    return job_state(lines[0])[1] if lines else ""
+    return underneath(lines[0], int(os.environ.get("SLURM_RESTART_COUNT", "0"))) if lines else ""
+
+
+def underneath(line: str, restarts: int) -> str:
+    """The state of a job of so many restarts. While its processes end SLURM says COMPLETING, whatever ended it: one restart more means
+    that it is in the queue again, the time limit is named as the reason, and what is left is scancel."""
+    facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
+    if facts["JobState"] not in ("COMPLETING", "PENDING"):
+        return facts["JobState"]
+    if int(facts["Restarts"]) > restarts or facts["JobState"] == "PENDING":
+        return "PREEMPTED"
+    return "TIMEOUT" if facts["Reason"] == "TimeLimit" else "CANCELLED"
 
 
 def seconds_left(job: str) -> float | None:

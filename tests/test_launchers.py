@@ -194,6 +194,10 @@ def test_half_a_row_is_taken_away_and_causes_are_counted_until_forgiven(tmp_path
 def test_causes_from_slurms_words_and_from_a_workers_last_lines(tmp_path):
     line = "JobId=9 ArrayJobId=7 ArrayTaskId=2 JobName=x JobState=OUT_OF_MEMORY Reason=None"
     assert slurm.job_state(line) == ("7_2", "OUT_OF_MEMORY") and slurm.CAUSES["OUT_OF_MEMORY"] == "out_of_memory"
+    ending = "JobState=COMPLETING Reason={} Restarts={}"
+    assert [slurm.underneath(ending.format(*facts), 1) for facts in (("None", 1), ("TimeLimit", 1), ("None", 2))] == [
+        "CANCELLED", "TIMEOUT", "PREEMPTED"]
+    assert slurm.underneath("JobState=RUNNING Reason=None Restarts=0", 0) == "RUNNING"
     assert runner.failure(tmp_path, 1, ["MemoryError"])[0] == "out_of_memory"
     (tmp_path / "status.json").unlink()
     cause, detail = runner.failure(tmp_path, 139, ["boom"])

@@ -56,9 +56,12 @@ class Cluster:
         """Watch until nothing is queued or running; returns what was shown."""
         return self.launchers("watch", root, check=False).stdout
 
-    def signal(self, name: str, job: str) -> None:
-        """Once: a busy controller may say `try again later` although the signal went out, and a second one would hit the next turn."""
-        self.run("scancel", f"--signal={name}", job, check=False)
+    def signal(self, name: str, job: str, run: Path) -> None:
+        """One signal, and wait for the turn to end. scancel hears `try again later` though the signal went out, and would repeat it."""
+        asked = subprocess.Popen(["scancel", f"--signal={name}", job], env=self.environment, stderr=subprocess.PIPE)
+        until(lambda: rows(run / "launches.jsonl")[-1]["event"] == "end", f"the end of a turn after SIG{name}")
+        asked.kill()
+        asked.communicate()
 
     def state(self, job: str) -> str:
         """SLURM's own word for a job."""
