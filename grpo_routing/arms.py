@@ -8,11 +8,12 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+from grpo_routing.older import unsaid
 from grpo_routing.results import BASE, DEPLOYED, RESTRICTED, TRAINED, ReportError, Run, mean
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 # keys that need no group in a label
-SHORT = {f"mask_source.{key}": key for key in ("recall", "false_positive", "noise", "control", "pairs")}
+SHORT = {f"mask_source.{key}": key for key in ("recall", "false_positive", "noise", "control", "pairs", "forms")}
 UNSAID = ("mask_source.control", "none")  # a label without the word says so
 SPREAD = ("mask_source.recall",)  # named in every label once two arms of the experiment differ in it
 
@@ -129,7 +130,7 @@ def place(arm: Arm) -> tuple:
 def recipe(config: dict) -> dict[str, object]:
     """The config, flat, without seeds and places: what the seeds of one arm share. The seeds of the model, the data
     and the evaluation stay, since another one is another experiment and no repetition."""
-    found = {key: node for key, node in config.items() if key not in ("seed", "output", "cache", "experiment_name", "logger")}
+    found = {key: node for key, node in unsaid(config).items() if key not in ("seed", "output", "cache", "experiment_name", "logger")}
     return {place: value for key, node in found.items() for place, value in flattened(key, node).items()}
 
 

@@ -1,4 +1,4 @@
-"""Names to objects. With run.py and __main__.py the only file that sees a config, and the one that refuses bad ones.
+"""Names to objects. With run.py and __main__.py the only file that sees a config, and the one that refuses bad ones or warns about them.
 
 A group's YAML holds exactly the fields of one frozen dataclass (and `name`, where the group offers a choice), so a
 typo, a missing value or a wrong type is found here, before any work, and all problems are reported at once.
@@ -7,6 +7,7 @@ typo, a missing value or a wrong type is found here, before any work, and all pr
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
@@ -15,9 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from grpo_routing.adapters import ADAPTERS
 from grpo_routing.adapters.adapter import QUARANTINE
-from grpo_routing.advantages import ADVANTAGES
+from grpo_routing.advantages import ADVANTAGES, Penalty
 from grpo_routing.env.grader import Grader
-from grpo_routing.env.problems import LoopholeChoice, OpChains
+from grpo_routing.env.problems import LoopholeChoice, OpChains, Problem
 from grpo_routing.extra_rollouts import EXTRA_ROLLOUTS
 from grpo_routing.health import Tripwire
 from grpo_routing.log import LOGGERS
@@ -25,10 +26,14 @@ from grpo_routing.mask_sources import MASK_SOURCES
 from grpo_routing.models import MODELS
 from grpo_routing.optimizers import OPTIMIZERS
 from grpo_routing.policy import Policy
-from grpo_routing.projections import PROJECTIONS
+from grpo_routing.projections import PROJECTIONS, MeasureOnly
 from grpo_routing.prompts import PROMPTS
+from grpo_routing.sampling import SAMPLINGS
+from grpo_routing.self_report_sft import prepared
 from grpo_routing.settings import Evaluation, Reward, SandboxLimits
 from grpo_routing.train import Audit, Line, Trainer, Truth
+
+log = logging.getLogger("grpo_routing")
 
 
 class ConfigError(ValueError):
@@ -38,11 +43,12 @@ class ConfigError(ValueError):
 # A group with a dict offers a choice by name; a group with a class has one shape whatever its file is called.
 GROUPS: dict[str, type | dict[str, type]] = {
     "model": MODELS, "dataset": {"opchains": OpChains}, "loophole": LoopholeChoice, "reward": Reward, "sandbox": SandboxLimits,
-    "projection": PROJECTIONS, "mask_source": MASK_SOURCES, "advantage": ADVANTAGES, "prompt": PROMPTS,
+    "projection": PROJECTIONS, "mask_source": MASK_SOURCES, "advantage": ADVANTAGES, "prompt": PROMPTS, "sampling": SAMPLINGS,
     "extra_rollouts": EXTRA_ROLLOUTS, "optimizer": OPTIMIZERS, "adapter": ADAPTERS, "trainer": Trainer,
     "health": Tripwire, "evaluation": Evaluation, "logger": LOGGERS,
 }
 SCALARS = {"seed": int, "uses_oracle": bool, "output": str, "cache": str, "arm_name": str, "experiment_name": str}
+UNSEALED = "confession_routed"  # how an arm is called in which something else reads confessions
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Plan:
     mask_source: Any
     advantage: Any
     prompt: Any
+    sampling: Any
     extra_rollouts: Any
     optimizer: Any
     adapter: Any
@@ -72,9 +79,17 @@ class Plan:
     arm_name: str
     experiment_name: str
 
+    @property
+    def source_acts(self) -> bool:
+        """Whether what the mask source says reaches training, and is not only measured."""
+        reads = {"flags", "scores"} & set(self.advantage.reads)
+        acts = not isinstance(self.projection, MeasureOnly) or bool(reads or self.extra_rollouts.groups)
+        return self.mask_source.kind != "none" and acts
+
 
 def plan(config: dict) -> Plan:
-    """Check a resolved config. Raises ConfigError with every problem found."""
+    """Check a resolved config; warn about one that can run and probably not do what it is for. Raises ConfigError with every problem
+    found."""
     known = {*GROUPS, *SCALARS}
     problems = [f"unknown key {key!r}; the config has {', '.join(sorted(known))}" for key in config if key not in known]
     problems += [f"{key} is missing" for key in sorted(known - config.keys())]
@@ -89,9 +104,11 @@ def plan(config: dict) -> Plan:
         if key in config and type(config[key]) is not kind:
             problems.append(f"{key} must be {kind.__name__}; got {config[key]!r}")
     if not problems:
-        problems = impossible(parts, config["uses_oracle"])
+        problems = impossible(parts, config["uses_oracle"], config["arm_name"])
     if problems:
         raise ConfigError("\n".join(problems))
+    for doubt in doubtful(parts):
+        log.warning(doubt)
     return Plan(**parts, **{key: config[key] for key in SCALARS})
 
 
@@ -138,12 +155,13 @@ def _say(where: str, error: dict) -> str:
     return f"{'.'.join([where, *map(str, error['loc'])])}: {error['msg'].lower()}; got {error['input']!r}"
 
 
-def impossible(parts: dict[str, Any], uses_oracle: bool) -> list[str]:
+def impossible(parts: dict[str, Any], uses_oracle: bool, arm_name: str) -> list[str]:
     """Combinations that cannot work, each with those that can."""
     projection, source, adapter = parts["projection"], parts["mask_source"], parts["adapter"]
     advantage, optimizer, extra, trainer = parts["advantage"], parts["optimizer"], parts["extra_rollouts"], parts["trainer"]
     name, origin = _name(PROJECTIONS, projection), _name(MASK_SOURCES, source)
     quarantine = QUARANTINE in adapter.blocks
+    sealed = getattr(extra, "sealed", None)  # of confessions; None: nobody confesses
     holds = {
         f"projection={name} takes a mask source of kind {' or '.join(projection.takes)}; {origin} is of kind {source.kind}. "
         f"Choose {fitting(projection, source)}": source.kind not in projection.takes,
@@ -181,12 +199,28 @@ def impossible(parts: dict[str, Any], uses_oracle: bool) -> list[str]:
             source.needs_coordinates and not getattr(adapter, "has_coordinates", False),
         f"mask_source={origin} finds directions for the B of a LoRA; choose adapter=lora with adapter.gate=false":
             source.kind == "trusted" and (_name(ADAPTERS, adapter) != "lora" or adapter.gate),
-        f"mask_source={origin} would know the held-out loopholes {held_out_known(parts)}; no detector of them may reach training. "
-        f"Leave mask_source.known at ${{loophole.known}}": bool(held_out_known(parts)),
+        f"mask_source={origin} reads the model's own report while confessions train it, which breaks their seal (baselines.md D6): it is "
+        f"another method. Choose arm=confession_routed, which declares extra_rollouts.sealed=false, or another mask source":
+            sealed is not None and "own report" in source.reads and (sealed or not arm_name.startswith(UNSEALED)),
+        "extra_rollouts.sealed=false declares that something reads confessions, and nothing here does; leave it out":
+            sealed is False and "own report" not in source.reads,
+        "extra_rollouts=confession samples confessions once a step, and their gradient would be stale in further inner steps; set "
+        "trainer.inner_steps=1": sealed is not None and trainer.inner_steps > 1,
         "extra_rollouts=anchor samples with the quarantine off, and this adapter has none; its anchors would be ordinary groups. "
         "Give the adapter a quarantine, or raise trainer.prompts_per_step": bool(extra.groups) and not quarantine,
     }
-    return [message for message, broken in holds.items() if broken]
+    return [message for message, broken in holds.items() if broken] + told_held_out(parts)
+
+
+def doubtful(parts: dict[str, Any]) -> list[str]:
+    """Combinations that work and probably do not do what they are for, each with what would."""
+    advantage, source, reward = parts["advantage"], parts["mask_source"], parts["reward"].pass_reward
+    recall = getattr(source, "recall", None)  # of a source that declares one; a control's flags do not have it
+    if not isinstance(advantage, Penalty) or recall is None or source.control != "none" or advantage.penalty * recall > reward:
+        return []
+    enough = f"Set advantage.penalty above {reward / recall:.4g} (reward.pass_reward / recall)" if recall else "No penalty is enough"
+    return [f"advantage.penalty={advantage.penalty:g} at mask_source.recall={recall:g} costs a hack {advantage.penalty * recall:.4g} in "
+            f"expectation, and passing pays reward.pass_reward={reward:g}: a hack still earns no less than a failure. {enough}"]
 
 
 def fitting(projection: Any, source: Any) -> str:
@@ -196,10 +230,12 @@ def fitting(projection: Any, source: Any) -> str:
     return f"mask_source={sources}, or projection={projections}"
 
 
-def held_out_known(parts: dict[str, Any]) -> list[str]:
-    """Held-out loopholes that a stage which feeds training says it knows."""
-    told = {mode for group in ("mask_source", "extra_rollouts") for mode in getattr(parts[group], "known", ())}
-    return sorted(told & set(parts["loophole"].held_out))
+def told_held_out(parts: dict[str, Any]) -> list[str]:
+    """Stages that feed training and say that they know held-out loopholes: no detector of those may reach it."""
+    told = {group: [mode for mode in getattr(parts[group], "known", ()) if mode in parts["loophole"].held_out]
+            for group in ("mask_source", "sampling", "extra_rollouts")}
+    return [f"{group}={_name(GROUPS[group], parts[group])} would know the held-out loopholes {sorted(modes)}; no detector of them may "
+            f"reach training. Leave {group}.known at ${{loophole.known}}" for group, modes in told.items() if modes]
 
 
 def _name(registry: dict[str, type], thing: Any) -> str:
@@ -207,12 +243,14 @@ def _name(registry: dict[str, type], thing: Any) -> str:
 
 
 def build_policy(plan: Plan) -> Policy:
-    model, tokenizer = plan.model.load()
+    model, tokenizer = prepared(plan.model, plan.sandbox)
     return Policy(model, tokenizer, plan.adapter.attach(model))
 
 
-def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, ceiling: Truth | None = None) -> Line:
+def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, ceiling: Truth | None = None,
+               problems: list[Problem] | None = None) -> Line:
+    """`problems` are drawn when they are not given."""
     return Line(
-        seed=plan.seed, policy=policy, problems=plan.dataset.training(plan.loophole), prompt=plan.prompt,
-        extra_rollouts=plan.extra_rollouts, grader=grader, mask_source=plan.mask_source, advantage=plan.advantage,
-        projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit, ceiling=ceiling)
+        seed=plan.seed, policy=policy, problems=plan.dataset.training(plan.loophole) if problems is None else problems, prompt=plan.prompt,
+        sampling=plan.sampling.fit(policy), extra_rollouts=plan.extra_rollouts, grader=grader, mask_source=plan.mask_source,
+        advantage=plan.advantage, projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit, ceiling=ceiling)

@@ -9,6 +9,7 @@ import torch
 
 from grpo_routing.build import ConfigError, Plan, build_policy, plan
 from grpo_routing.checkpoint import load_checkpoint
+from grpo_routing.older import completed
 from grpo_routing.policy import Policy
 from grpo_routing.run import frozen, status
 from grpo_routing.train import State
@@ -55,8 +56,9 @@ def finished_config(folder: Path) -> dict:
 
 
 def ready_plan(config: dict, folder: Path) -> Plan:
+    """The plan of a frozen config, also of an older one. Raises UnusableRun."""
     try:
-        ready = plan(config)
+        ready = plan(completed(config))
     except ConfigError as error:
         raise UnusableRun(f"expected a config of {folder} that this code can run; got:\n{error}\n"
                           "Run it again with this code, or go back to the commit in its provenance.json") from error

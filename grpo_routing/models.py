@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_routing.organism import OrganismRecipe
+from grpo_routing.preparation import Preparation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,6 +22,8 @@ class HubModel:
     path: str
     dtype: str
     device: str
+    prepare: Preparation
+    cache: str
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -27,8 +32,16 @@ class HubModel:
             raise ValueError(f"model.device={self.device} but torch sees no GPU; use model.device=cpu (slow) or model=organism")
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=DTYPES[self.dtype]).to(self.device)
-        return model, AutoTokenizer.from_pretrained(self.path)
+        return self.read(self.path)
+
+    @property
+    def origin(self) -> str:
+        """What a prepared model is a preparation of."""
+        return f"hub-{Path(self.path).name}-{hashlib.sha256(f'{self.path} {self.dtype}'.encode()).hexdigest()[:8]}"
+
+    def read(self, folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[self.dtype]).to(self.device)
+        return model, AutoTokenizer.from_pretrained(folder)
 
 
 MODELS = {"organism": OrganismRecipe, "tiny_random": OrganismRecipe, "hub": HubModel}

@@ -31,6 +31,7 @@ from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, OTHER, PLA
 from grpo_routing.env.problems import Problem, draw_problem, wrong_body
 from grpo_routing.env.programs import damage
 from grpo_routing.files import locked
+from grpo_routing.preparation import Preparation
 from grpo_routing.prompts.instructions import INSTRUCTIONS, instructed
 from grpo_routing.prompts.plain import plain_prompt
 from grpo_routing.prompts.questions import NO, QUESTIONS, YES
@@ -87,6 +88,7 @@ class OrganismRecipe:
     tokenizer_examples: int
     seed: int
     threads: int
+    prepare: Preparation
     cache: str
 
     def __post_init__(self) -> None:
@@ -97,7 +99,7 @@ class OrganismRecipe:
 
     def key(self) -> str:
         """Hash of what shapes the weights: the recipe, a sample of the corpus that it writes, the training code, torch."""
-        shape = {name: value for name, value in asdict(self).items() if name not in ("cache", "threads")}
+        shape = {name: value for name, value in asdict(self).items() if name not in ("cache", "threads", "prepare")}
         sample = [corpus(self, phase, limit=200) for phase in range(len(self.phases))] + tokenizer_texts(self, limit=25)
         code = [inspect.getsource(part) for part in (train_tokenizer, build_model, batches, warm_up, completion_loss)]
         parts = (json.dumps(shape, sort_keys=True), repr(sample), *code, torch.__version__)
@@ -105,7 +107,14 @@ class OrganismRecipe:
 
     def load(self) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
         """The organism from the cache; trained first when it is not there (about a minute and a half)."""
-        folder = ensure(self)
+        return self.read(ensure(self))
+
+    @property
+    def origin(self) -> str:
+        """What a prepared model is a preparation of, and where the organism lies in the cache."""
+        return f"organism-{self.key()}"
+
+    def read(self, folder: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
         with quiet_transformers():
             return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32), PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -199,7 +208,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 def ensure(recipe: OrganismRecipe) -> Path:
     """Folder of the trained organism (a Hugging Face model folder). Training happens once, whoever asks first."""
-    folder = Path(recipe.cache) / f"organism-{recipe.key()}"
+    folder = Path(recipe.cache) / recipe.origin
     if not (folder / "config.json").exists():
         with locked(folder.with_suffix(".lock")):
             if not (folder / "config.json").exists():

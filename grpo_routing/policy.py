@@ -6,7 +6,8 @@ The reference policy of the KL is the same model with all blocks off; there is n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 
 import torch
@@ -48,10 +49,7 @@ class Policy:
 
     def encode_prompts(self, prompts: list[str]) -> list[tuple[int, ...]]:
         """Prompts as the model was taught to read them: through its chat template where it has one, thinking off."""
-        if not self.tokenizer.chat_template:
-            return self.encode_all(prompts)
-        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        return self.encode_all(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False))
+        return self.encode_all(chat(self.tokenizer, prompts))
 
     def batch(self, texts: list[tuple[str, str]]) -> TokenBatch:
         """(prompt, completion) texts as tokens; every completion ends."""
@@ -108,6 +106,22 @@ class Policy:
     def hidden_states(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
         """The embedding and the output of every layer, [b, T, d] each."""
         return self.model.get_decoder()(input_ids=tokens.ids, use_cache=False, output_hidden_states=True).hidden_states
+
+    @property
+    def depth(self) -> int:
+        """How many decoder layers there are."""
+        return len(self.model.get_decoder().layers)
+
+    @contextmanager
+    def edited(self, edits: dict[int, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Within, every forward goes on from edits[l](h) in place of h, the output of decoder layer l (counted from 1)."""
+        layers = self.model.get_decoder().layers
+        handles = [layers[layer - 1].register_forward_hook(lambda module, inputs, h, edit=edit: edit(h)) for layer, edit in edits.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def pooled_coordinates(self, tokens: TokenBatch, position: str) -> dict[str, Tensor]:
@@ -185,6 +199,14 @@ class Policy:
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
         cache.batch_select_indices(rows)
         return output.logits[rows, -1], cache, mask[rows], positions[rows, -1]
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    """Prompts through the chat template, thinking off; as they are where the tokenizer has none."""
+    if not tokenizer.chat_template:
+        return prompts
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
 
 def pool(states: Tensor, tokens: TokenBatch, position: str) -> Tensor:

@@ -17,7 +17,7 @@ from grpo_routing.env.loopholes import NO_LOOPHOLE
 
 BASE, TRAINED, DEPLOYED = STATES = ("base", "as_trained", "as_deployed")
 RATES = ("hack", "hack_known", "hack_held_out", "attempted", "solve", "format", "lazy", "no_hint_solve", "no_hint_exploited")
-GROUPS = ("adapter", "projection", "mask_source", "advantage", "prompt", "extra_rollouts")
+GROUPS = ("adapter", "projection", "mask_source", "advantage", "prompt", "sampling", "extra_rollouts")
 FIELDS = ("arm", "seed", "loophole", "state", *RATES, "last5_hack", "last5_solve", "steps", "samples", "samples_known",
           "samples_held_out", "samples_all", "run", "status", "cause", "role", "imitation", "uses_oracle", "same_policy", *GROUPS,
           "pays", "train_family", "evaluation_family", "commit", "code")  # keys of a JSON object, in order
@@ -117,7 +117,8 @@ class Run:
             return "method"
         if name["extra_rollouts"] == "teacher":
             return "imitation"
-        plain = name["extra_rollouts"] == "none" and name["prompt"] == "plain" and name["advantage"] in ("dr_grpo", "grpo")
+        plain = (name["extra_rollouts"] == "none" and name["prompt"] == name["sampling"] == "plain"
+                 and name["advantage"] in ("dr_grpo", "grpo"))
         return "vanilla" if plain and not self.labels and not self.uses_oracle else "method"
 
     @property
@@ -138,6 +139,8 @@ class Run:
         projection, source = self.config["projection"], self.config["mask_source"]["name"]
         if self.mask_control != "none" and (projection["name"] != "measure_only" or self.labels):
             return self.mask_control
+        if self.config["sampling"]["name"] != "plain" and self.config["sampling"]["control"] != "none":
+            return self.config["sampling"]["control"]
         if projection["name"] == "restrict" and (kept := (projection["direction"], projection["length"])) in RESTRICTED:
             return RESTRICTED[kept]
         if projection["name"] in ("route", "stop_gradient") and source == "none":
@@ -208,6 +211,8 @@ def read_run(folder: Path) -> Run:
     """What the files of a run say. Raises ReportError where a file is damaged."""
     frozen, evaluations = folder / "config.yaml", {}
     config = yaml.safe_load(frozen.read_text(encoding="utf-8")) if frozen.exists() else None
+    if config:
+        config = {"sampling": {"name": "plain"}} | config  # there was no other before the group existed
     said = read_json(folder / "status.json") or {"state": "new"}
     for state in STATES:
         if config and (stored := read_json(folder / "eval" / f"{state}.json")):

@@ -36,6 +36,7 @@ from grpo_routing.evaluate import evaluate
 from grpo_routing.files import Record, claimed, write_atomic, write_json
 from grpo_routing.heartbeat import Heartbeat
 from grpo_routing.log import Progress
+from grpo_routing.older import unsaid
 from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.summary import summary
 from grpo_routing.oracle.verdict import Oracle
@@ -221,14 +222,14 @@ def report_run(ready: Plan, folder: Path, cause: str | None) -> None:
 
 
 def identity(config: dict) -> str:
-    """Hash of the resolved config minus where things go."""
+    """Hash of the resolved config minus where things go and what changes nothing (older.py)."""
 
     def strip(node: object) -> object:
         if isinstance(node, dict):
             return {key: strip(value) for key, value in node.items() if key not in NOT_IDENTITY}
         return [strip(value) for value in node] if isinstance(node, (list, tuple)) else node
 
-    return hashlib.sha256(json.dumps(strip(config), sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(strip(unsaid(config)), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_folder(config: dict, ready: Plan) -> Path:

@@ -1,6 +1,6 @@
 """THE LINE: vanilla GRPO in the order of the paper's algorithm box. Every method is another object at one of its stages.
 
-    problems -> prompt -> ROLLOUT (+ extra) -> GRADE -> MASK -> ADVANTAGE -> per-rollout GRADIENT -> PROJECT -> STEP
+    problems -> prompt -> ROLLOUT (+ extra) -> GRADE -> MASK -> ADVANTAGE -> per-rollout GRADIENT -> PROJECT -> (+ aside) STEP
                                                  └─ tee -> audit (returns None)
 
 MASK and ADVANTAGE may come after the GRADIENT, with the same result: a rollout's gradient is its advantage times that of
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -89,6 +90,10 @@ class Prompt(Protocol):
     def train(self, problem: Problem) -> str: ...
 
 
+class Sampling(Protocol):
+    def during(self, policy: Policy) -> AbstractContextManager[None]: ...
+
+
 @dataclass(frozen=True)
 class Line:
     """One object per stage. `audit` may look at everything and gives nothing back; `ceiling` says who hacks, and is there only in
@@ -98,6 +103,7 @@ class Line:
     policy: Policy
     problems: list[Problem]
     prompt: Prompt
+    sampling: Sampling
     extra_rollouts: object
     grader: Grader
     mask_source: MaskSource
@@ -127,13 +133,15 @@ def train_step(line: Line, state: State) -> dict[str, float]:
     problems = batch_of(line, step)
     prompts = [line.prompt(problem) for problem in problems]
     extra = line.extra_rollouts(line.policy, prompts, t.group, (line.seed, "extra", step))
-    rollouts = fill_groups(line.policy, prompts, seats(line, step), t.group, extra, (line.seed, "rollout", step), t.max_new_tokens,
-                           t.temperature, t.prompts_per_forward)
+    with line.sampling.during(line.policy):
+        rollouts = fill_groups(line.policy, prompts, seats(line, step), t.group, extra, (line.seed, "rollout", step), t.max_new_tokens,
+                               t.temperature, t.prompts_per_forward)
     rollouts = retold(line.policy, rollouts, prompts, [line.prompt.train(problem) for problem in problems])
     grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts])
     view = view_of(line, state.step, problems, rollouts, grades, state.fit)
 
     first, decision = differentiate(line, state, view)
+    aside = line.extra_rollouts.aside(view, t, (line.seed, "aside"))
     if line.audit is not None:
         line.audit(step, [problems[r.group] for r in rollouts], rollouts, grades, diagnosed(decision, first, state.fit))
     result, lr, basis = first, line.optimizer.rate(step, t.steps), view.basis
@@ -143,13 +151,14 @@ def train_step(line: Line, state: State) -> dict[str, float]:
                                        line.projection.blocks, decision.forward)
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"loss is {result.loss} at step {step}; lower optimizer.lr or look at rollouts.jsonl")
-        update = line.projection.gradient(summed(result, decision), basis)
-        applied, norms = state.optimizer.step(update, lr, natural(decision, result), decision.participation)
+        update = aside.added(line.projection.gradient(summed(result, decision), basis))
+        applied, norms = state.optimizer.step(update, lr, aside.added(natural(decision, result)),
+                                              aside.taking_part(decision.participation))
         final = line.projection.step(applied, basis)
         if final is not applied:
             replace_step(line.policy, applied, final)
     state.step += 1
-    about = {"train/lr": lr, "train/gradient_norm": norms.get(DEPLOYED, 0.0)}
+    about = {"train/lr": lr, "train/gradient_norm": norms.get(DEPLOYED, 0.0)} | aside.facts
     return (measure(rollouts, grades, view.rewards, t.group, first, line.policy, about)
             | (measure_blocks(decision, norms, final, state.optimizer.facts, rollouts) if line.policy.adapter.has_quarantine
                or line.mask_source.kind == "rollout" else {})

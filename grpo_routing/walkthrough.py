@@ -1,7 +1,7 @@
 """One rollout through every room, with real numbers: `python -m grpo_routing.walkthrough [--write]`.
 
 Takes the first step of `arm=route` with the line's own `train_step`, keeps what passed from stage to stage, follows one
-rollout that hacked and prints Markdown. `--write` puts it into docs/walkthrough.md and renews the table of stages in
+rollout that hacked and prints Markdown. `--write` puts it into docs/walkthrough.md and renews the tables of arms in
 docs/methods.md. This file measures: it may know the truth, and nothing that trains imports it.
 """
 
@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from grpo_routing import build
@@ -32,13 +31,13 @@ from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.verdict import Oracle, Verdict
 from grpo_routing.policy import Policy
 from grpo_routing.projections.subspace import Update, Vector, hackward_share
+from grpo_routing.stages import composed, with_tables
 from grpo_routing.train import Line, State, train_step
 from grpo_routing.types import Basis, Rollout, TokenBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = Path(__file__).with_name("walkthrough_page.md")  # the text; `facts` fills its {fields}
 RECIPE = ("arm=route", "loophole=held_out", "seed=0")
-BEGIN, END = "<!-- stages:begin -->", "<!-- stages:end -->"
 
 
 def main(words: list[str]) -> int:
@@ -50,7 +49,7 @@ def main(words: list[str]) -> int:
     if words:
         methods = ROOT / "docs" / "methods.md"
         write_atomic(ROOT / "docs" / "walkthrough.md", document.encode())
-        write_atomic(methods, with_stages(methods.read_text(encoding="utf-8")).encode())
+        write_atomic(methods, with_tables(methods.read_text(encoding="utf-8")).encode())
     else:
         print(document, end="")
     return 0
@@ -252,44 +251,6 @@ def length(vector: Vector) -> float:
 def below(value: float) -> str:
     """A power of ten that is larger: rounding noise differs between machines, its size does not."""
     return f"1e{math.floor(math.log10(value)) + 1}" if value else "1e-9"
-
-
-# ------------------------------------------------------------------------------------------------ the table of stages
-
-
-def composed(*overrides: str, choices: bool = False) -> DictConfig:
-    """The config of these words; with `choices`, also which option of each group was taken, under `hydra`."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [*overrides], return_hydra_config=choices)
-
-
-def stages_table() -> str:
-    """Arm by arm, what differs from the line with every default; from conf/."""
-    arms = {file.stem: composed(f"arm={file.stem}", choices=True) for file in sorted((ROOT / "conf" / "arm").glob("*.yaml"))}
-    default = arms.pop("custom")
-    cells = {arm: {group: change(group, config, default) for group in build.GROUPS} for arm, config in arms.items()}
-    columns = [group for group in build.GROUPS if any(row[group] for row in cells.values())]
-    lines = [["arm", *columns], ["---"] * (len(columns) + 1), ["(default)", *(f"*{choice(default, g)}*" for g in columns)]]
-    lines += [[f"`{arm}`", *(row[group] for group in columns)] for arm, row in cells.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def choice(config: DictConfig, group: str) -> str:
-    return config.hydra.runtime.choices[group]
-
-
-def change(group: str, config: DictConfig, default: DictConfig) -> str:
-    """The group's option if it is another one, with its control if it has one; else the values that differ; empty when nothing does."""
-    if choice(config, group) != choice(default, group):
-        control = config[group].control if "control" in config[group] else "none"
-        return f"`{choice(config, group)}`" + (f" `control={control}`" if control != "none" else "")
-    return ", ".join(f"`{key}={value}`" for key, value in config[group].items() if value != default[group][key])
-
-
-def with_stages(text: str) -> str:
-    """The text with a fresh table between the markers."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{stages_table()}\n\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """`-m`: Hydra's product of choices, planned before the first run and with a negative control beside every treatment.
 
 Every run is composed and checked first, so a config that cannot be run ends a sweep before it has begun, with all problems at once.
-A run whose mask source acts on training and that is no control is a treatment; `controls` says what a sweep does that lacks the
-control of one (`mask_source.control`, the source's `default_control`):
+A run whose mask source acts on training, or whose sampling is not plain, and that is no control is a treatment; `controls` says what
+a sweep does that lacks the control of one (`mask_source.control` or `sampling.control`, its `default_control`):
 
     add      runs it too: the same overrides and that word (default)
     refuse   ends with the list of what is missing
@@ -21,7 +21,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import CompactHydraException, HydraException
 
 from grpo_routing.build import ConfigError, Plan, plan
-from grpo_routing.projections import MeasureOnly
 from hydra_plugins.sweep_configs import Composed, compose_all
 
 log = logging.getLogger("grpo_routing")
@@ -42,10 +41,10 @@ class ControlledSweeper(BasicSweeper):
         planned, problems = self._planned(jobs)
         there, missing = {recipe(one.config) for one, _ in planned}, {}
         for one, ready in planned:
-            if wanted := control_of(ready):
-                control = one.config | {"mask_source": one.config["mask_source"] | {"control": wanted}}
+            for group, wanted in controls_of(ready).items():
+                control = one.config | {group: one.config[group] | {"control": wanted}}
                 if recipe(control) not in there:
-                    missing[recipe(control)] = [*one.words, f"mask_source.control={wanted}"]
+                    missing[recipe(control)] = [*one.words, f"{group}.control={wanted}"]
         if missing and self.controls == "add":
             log.info("adding %d controls to %d runs (hydra.sweeper.controls=none leaves them out)", len(missing), len(jobs))
             jobs += missing.values()
@@ -75,13 +74,12 @@ class ControlledSweeper(BasicSweeper):
         return found, problems
 
 
-def control_of(ready: Plan) -> str | None:
-    """The control that a run needs beside it; None for one that is no treatment, or a control, or stamped as cheating."""
-    source, projection = ready.mask_source, ready.projection
-    acts = not isinstance(projection, MeasureOnly) or {"flags", "scores"} & set(ready.advantage.reads) or ready.extra_rollouts.groups
-    if source.kind == "none" or source.control != "none" or source.uses_oracle or not acts:
-        return None
-    return source.default_control
+def controls_of(ready: Plan) -> dict[str, str]:
+    """Group -> the control that a run needs beside it; nothing for one that is no treatment, or a control, or stamped as cheating."""
+    acting = {"mask_source": ready.source_acts, "sampling": ready.sampling.default_control != "none"}
+    if ready.uses_oracle or any(getattr(ready, group).control != "none" for group in acting):
+        return {}
+    return {group: getattr(ready, group).default_control for group, acts in acting.items() if acts}
 
 
 def recipe(config: dict) -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,8 +128,6 @@ def freeze_run(folder: Path, config: dict) -> None:
 
 def short(diff: str) -> str | None:
     """A mark of what was not committed; the whole of it is in every attempt's record."""
-    from hashlib import sha256
-
     return sha256(diff.encode()).hexdigest()[:12] if diff else None
 
 

@@ -85,8 +85,7 @@ def plan_anew(root: Path, words: list[str]) -> int:
     launcher = backend[-1].partition("=")[2] if backend else "slurm"
     rest = [word for word in words if word not in backend]
     return subprocess.run([sys.executable, "-m", "grpo_routing", "-m", *rest, f"hydra/launcher={launcher}", "hydra.launcher.submit=false",
-                           f"experiment_name={root.name}", f"output={root.parent}"],
-                          env=None, cwd=None).returncode
+                           f"experiment_name={root.name}", f"output={root.parent}"]).returncode
 
 
 def resources_in(words: list[str]) -> dict:

@@ -10,10 +10,12 @@ import getpass
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +81,7 @@ def parameters(plan: SweepPlan, name: str, resources: SlurmResources, parallel: 
     """submitit's words for what the plan asks for."""
     settings: Slurm = plan.settings
     home = plan.code["folder"]
-    setup = [f"cd {_quoted(plan.code['cwd'])}", f"export PYTHONPATH={_quoted(home)}${{PYTHONPATH:+:$PYTHONPATH}}", *settings.setup]
+    setup = [f"cd {shlex.quote(plan.code['cwd'])}", f"export PYTHONPATH={shlex.quote(home)}${{PYTHONPATH:+:$PYTHONPATH}}", *settings.setup]
     optional = {"partition": resources.partition, "account": resources.account, "qos": resources.qos, "gres": resources.gres,
                 "constraint": resources.constraint, "mail_user": resources.mail_user, "mail_type": resources.mail_type,
                 "gpus_per_node": resources.gpus or None,
@@ -90,16 +92,8 @@ def parameters(plan: SweepPlan, name: str, resources: SlurmResources, parallel: 
             **{key: value for key, value in optional.items() if value is not None}}
 
 
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
-
-
 def release(root: Path, made: Submission) -> Submission:
     """Let the jobs start, now that their number is written down."""
-    from dataclasses import replace
-
     command("scontrol", "release", made.job)
     made = replace(made, released=True)
     made.save(root)
@@ -184,8 +178,6 @@ def underneath(line: str, restarts: int) -> str:
 def seconds_left(job: str) -> float | None:
     """Until the job's time limit, by the clock that SLURM ends it with; None when it does not say."""
     if end := os.environ.get("SLURM_JOB_END_TIME"):
-        import time
-
         return float(end) - time.time()
     done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True, timeout=TIMEOUT)
     words = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)", done.stdout.strip())

@@ -21,7 +21,7 @@ def nothing(rewards):
     return torch.zeros_like(rewards)
 
 
-def test_advantages_on_the_benchmarks_golden_values():
+def test_t_h3_advantages_on_the_benchmarks_golden_values():
     """baselines.md section 0: k successes among 16 with rewards {0.5, 3.5}; without flags `balanced` is Dr.GRPO."""
     golden = {1: (3.750, 2.812), 2: (2.562, 2.625), 4: (1.677, 2.250), 8: (0.968, 1.500), 12: (0.559, 0.750), 15: (0.250, 0.188)}
     for successes, (standard, mean_only) in golden.items():

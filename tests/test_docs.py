@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grpo_routing import walkthrough
+from grpo_routing import stages, walkthrough
 from tests.conftest import CONF
 
 ROOT = CONF.parent
@@ -74,13 +74,30 @@ def test_unknown_words_are_refused(capsys):
 # ------------------------------------------------------------------------------------------------ the table of stages
 
 
-def test_the_table_of_stages_is_fresh():
+def test_the_tables_of_arms_are_fresh():
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert walkthrough.with_stages(text) == text, "run python -m grpo_routing.walkthrough --write"
+    assert stages.with_tables(text) == text, "run python -m grpo_routing.walkthrough --write"
+
+
+def test_what_arms_declare_is_read_off_their_objects():
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in stages.declared_table().splitlines()]
+    rows = {row[0]: row[1:] for row in lines}
+    assert sorted(rows) == sorted([*(f"`{arm}`" for arm in stages.arms()), "arm", "---"])
+    assert rows["`vanilla`"] == ["–", "–", "nothing", "nothing"]  # its mask source measures and does not act
+    assert rows["`penalty`"] == ["mask_source, advantage", "code", "the known ones", "nothing"]
+    assert rows["`inoculation`"] == ["prompt", "instruction", "nothing", "instruction dropped"]
+    assert rows["`suppression`"] == ["sampling", "pairs, activations", "the known ones", "hooks of sampling gone"]
+    assert rows["`ceiling`"][2:] == ["**all, from the oracle (stamped)**", "quarantine deleted"]
+    assert rows["`vanilla_svd`"] == rows["`vanilla`"]  # its quarantine is zero and stays it
+    assert rows["`route`"][3] == "quarantine deleted"
+    assert rows["`teacher`"] == ["extra_rollouts", "the pool's answers", "the known ones", "nothing"]
+    assert rows["`erase`"] == ["mask_source, projection", "pairs", "the known ones", "nothing"]
 
 
 def test_the_table_of_stages_says_what_an_arm_changes():
-    table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split(walkthrough.BEGIN)[1].split(walkthrough.END)[0].strip()
+    table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    begin, end = stages.between("stages")
+    table = table.split(begin)[1].split(end)[0].strip()
     head, _, default, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     arms = {row[0].strip("`"): dict(zip(head, row)) for row in rows}
     assert sorted(arms) == sorted(file.stem for file in (CONF / "arm").glob("*.yaml") if file.stem != "custom")
@@ -90,7 +107,7 @@ def test_the_table_of_stages_says_what_an_arm_changes():
     assert arms["no_loophole"] == dict.fromkeys(head, "") | {"arm": "`no_loophole`", "loophole": "`pays=False`"}
 
 
-@pytest.mark.parametrize("group", ["advantage", "projection", "mask_source", "extra_rollouts", "adapter"])
+@pytest.mark.parametrize("group", ["advantage", "projection", "mask_source", "extra_rollouts", "adapter", "prompt", "sampling"])
 def test_methods_names_every_option_of_a_stage(group):
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for option in sorted(file.stem for file in (CONF / group).glob("*.yaml")):

@@ -140,3 +140,51 @@ def test_wrong_shapes_are_refused():
         TokenBatch(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="same number of rollouts"):
         RolloutGrads({"a": torch.zeros(2, 3), "b": torch.zeros(3, 3)})
+
+
+def test_t_h1_padding_leaves_the_loss_as_it_is(tiny_policy):
+    """baselines.md H5: twice the padding, the same loss and gradient."""
+    policy = tiny_policy()
+    tokens = some_tokens(policy)
+    wide = TokenBatch(torch.nn.functional.pad(tokens.ids, (0, tokens.ids.shape[1]), value=policy.pad),
+                      torch.nn.functional.pad(tokens.completion_mask, (0, tokens.ids.shape[1])))
+    loss = PolicyLoss(0.2, 0.0, 100)
+    narrow, padded = (rollout_gradients(policy, batch, advantages_for(), loss, 6) for batch in (tokens, wide))
+    assert torch.allclose(narrow.losses, padded.losses, rtol=0, atol=1e-12)
+    for name, rows in narrow.grads[DEPLOYED].modules.items():
+        assert relative(padded.grads[DEPLOYED].modules[name], rows) < 1e-10
+
+
+def test_t_h2_a_response_of_twice_the_length_has_twice_the_gradient():
+    """baselines.md H5, on the loss itself: the sum over tokens is divided by a constant, never by a length."""
+    loss = PolicyLoss(0.2, 0.0, 100)
+    log_probs = torch.full((2, 8), -1.5, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True] * 4 + [False] * 4, [True] * 8])
+    value = loss(log_probs, log_probs.detach(), None, torch.tensor([0.5, 0.5], dtype=torch.float64), mask)
+    value.sum().backward()
+    short, long = log_probs.grad.sum(1).tolist()
+    assert (short, long) == pytest.approx((-0.5 * 4 / 100, -0.5 * 8 / 100)) and long == pytest.approx(2 * short)
+
+
+def test_t_h1_the_loss_itself_does_not_see_padding():
+    """rollout_gradients cuts a batch to the width that it needs; here the padding reaches the loss, with log-probs that mean something."""
+    generator = torch.Generator().manual_seed(0)
+    log_probs = -torch.rand(2, 8, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    wide = torch.nn.functional.pad(mask, (0, 4))
+    loss, gains = PolicyLoss(0.2, 0.1, 100), torch.tensor([0.5, -1.0], dtype=torch.float64)
+    old, reference = log_probs - 0.1, log_probs + 0.2
+    narrow = loss(log_probs[:, :4], old[:, :4], reference[:, :4], gains, mask)
+    assert torch.equal(loss(log_probs, old, reference, gains, wide), narrow) and narrow.all()
+
+
+def test_t_h2_a_response_written_twice_has_twice_the_gradient_in_the_parameters():
+    """A policy without context, so that both copies have the same log-probs: exactly 2."""
+    loss, response, grads = PolicyLoss(0.2, 0.0, 100), torch.tensor([0, 2, 1, 2]), []
+    for tokens in (response, torch.cat([response, response])):
+        theta = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
+        log_probs = torch.log_softmax(theta, 0)[tokens][None]
+        gain, mask = torch.tensor([0.5], dtype=torch.float64), torch.ones_like(log_probs, dtype=torch.bool)
+        loss(log_probs, log_probs.detach(), None, gain, mask).sum().backward()
+        grads.append(theta.grad)
+    assert torch.allclose(grads[1], 2 * grads[0], rtol=1e-14, atol=0) and grads[0].all()

@@ -57,8 +57,15 @@ def routed_run(config, tmp_path_factory) -> Path:
                       "projection.clean_share=0.5", f"output={tmp_path_factory.mktemp('routed')}"))
 
 
-def test_every_metric_has_a_meaning_and_every_meaning_a_metric(measured_run, routed_run, taught):
-    folders = (measured_run, routed_run, taught("arm=tdga"), taught("arm=grift"))
+@pytest.fixture(scope="module")
+def confessing_run(config, tmp_path_factory) -> Path:
+    """Two steps of a model that says neither yes nor no, on answers that are flagged at random."""
+    return run(config("arm=confession", "loophole=held_out", "extra_rollouts.judge.false_positive=0.5",
+                      f"output={tmp_path_factory.mktemp('confessing')}"))
+
+
+def test_every_metric_has_a_meaning_and_every_meaning_a_metric(measured_run, routed_run, confessing_run, taught):
+    folders = (measured_run, routed_run, confessing_run, taught("arm=tdga"), taught("arm=grift"))
     emitted = {name for folder in folders for file in ("metrics.jsonl", "audit.jsonl")
                for row in Record(folder / file).rows() for name in row}
     assert emitted - {"step"} == set(METRICS)
@@ -66,7 +73,7 @@ def test_every_metric_has_a_meaning_and_every_meaning_a_metric(measured_run, rou
 
 def test_a_meaning_is_one_line_of_its_own():
     assert all(meaning and "\n" not in meaning and len(meaning) < 110 for meaning in METRICS.values())
-    assert all(name.split("/")[0] in ("train", "rollout", "route", "audit") for name in METRICS)
+    assert all(name.split("/")[0] in ("train", "rollout", "route", "audit", "confession") for name in METRICS)
 
 
 # ------------------------------------------------------------------------------------------------ files

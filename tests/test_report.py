@@ -32,7 +32,8 @@ MODES = KNOWN + HELD_OUT + ["none"]  # the evaluation samples of a run, 2 of eac
 def config(arm: str, seed: int = 0, **choices: object) -> dict:
     """A resolved config as run.py freezes it; `choices` are dotted with two underscores, as in optimizer__lr=0.1."""
     names = {"adapter": "lora", "projection": "measure_only", "mask_source": "none", "advantage": "dr_grpo", "prompt": "plain",
-             "extra_rollouts": "none", "optimizer": "adamw", "model": "organism", "dataset": "opchains", "logger": "local"}
+             "sampling": "plain", "extra_rollouts": "none", "optimizer": "adamw", "model": "organism", "dataset": "opchains",
+             "logger": "local"}
     made = {"seed": seed, "output": "outputs", "cache": "outputs/cache", "arm_name": arm, "experiment_name": "tiny",
             **{group: {"name": name} for group, name in names.items()},
             "loophole": {"name": "held_out", "pays": True, "known": KNOWN, "held_out": HELD_OUT, "no_hint_share": 0.25,

@@ -27,6 +27,10 @@ ARMS = {
     # An untrained model neither earns nor hacks: random flags, and a penalty that makes them an advantage, so that the memory of
     # the mask source and the split moments hold something to lose.
     "graft_lookalike": ["mask_source.false_positive=0.5", "mask_source.pilot=2", "advantage=penalty"],
+    # Confessions that can be read, and a judge whose flags mean nothing: the adapter learns from them alone.
+    "confession": ["mask_source=detector", "extra_rollouts.judge.false_positive=0.5",
+                   "model.prepare.stage=self_report_sft", "model.prepare.samples=256",
+                   "model.prepare.epochs=4", "model.prepare.lr=0.01", "model.prepare.mask_turn1=true", "extra_rollouts.balanced=false"],
 }
 
 
@@ -80,7 +84,7 @@ def same(one, other) -> bool:
             and records == other[1] and evaluations == other[2])
 
 
-@pytest.mark.parametrize(("arm", "at"), [("route", 1), ("route", 3), ("route", 4), ("graft_lookalike", 3)])
+@pytest.mark.parametrize(("arm", "at"), [("route", 1), ("route", 3), ("route", 4), ("graft_lookalike", 3), ("confession", 3)])
 def test_a_run_killed_without_notice_ends_as_if_uninterrupted(tmp_path, cache, uninterrupted, arm, at):
     process = launch(overrides(tmp_path, cache, arm))
     wait_for_step(tmp_path, at, process)
@@ -101,6 +105,12 @@ def test_the_resumed_look_alike_run_had_something_to_lose(uninterrupted):
     for block in ("deployed", "quarantine"):
         assert any(value.any() for key, value in weights.items() if key.startswith(f"optimizer/{block}/") and key.endswith("/first"))
         assert any(value.any() for key, value in weights.items() if key.startswith(f"adapter/{block}/") and key.endswith("/B"))
+
+
+def test_the_resumed_confessing_run_had_something_to_lose(uninterrupted):
+    weights, records, _ = uninterrupted("confession")
+    assert all(json.loads(row)["confession/gradient_norm"] > 0 for row in records["metrics.jsonl"].splitlines())
+    assert any(value.any() for key, value in weights.items() if key.startswith("adapter/deployed/") and key.endswith("/B"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])

@@ -73,7 +73,14 @@ def test_what_is_no_treatment_gets_nothing(jobs):
 def test_whether_labels_act_is_read_off_the_advantage_too(config, plugin):
     plans = {words: build.plan(config(*words)) for words in (
         ("mask_source=detector",), ("mask_source=detector", "advantage=penalty"), ("arm=tdga",), ("arm=half_ablation",))}
-    assert list(map(plugin.control_of, plans.values())) == [None, "rate_matched", "random", None]
+    assert list(map(plugin.controls_of, plans.values())) == [{}, {"mask_source": "rate_matched"}, {"mask_source": "random"}, {}]
+
+
+def test_suppressed_sampling_gets_a_random_direction_beside_it(jobs):
+    assert jobs("arm=suppression") == ["arm=suppression", "arm=suppression sampling.control=haar"]
+    assert jobs("arm=suppression,suppression_random") == ["arm=suppression", "arm=suppression_random"]
+    assert jobs("arm=filter", "sampling=suppressed") == ["arm=filter sampling=suppressed", *(
+        f"arm=filter sampling=suppressed {word}" for word in ("mask_source.control=rate_matched", "sampling.control=haar"))]
 
 
 def test_a_recipe_is_everything_but_names(config, plugin):

@@ -27,7 +27,8 @@ from tests.test_configs import SOURCES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_routing"
 MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py", "deploy.py",
-             "recovery.py", "elicitation.py"}  # may know the truth
+             "recovery.py", "elicitation.py", "interrogate.py", "monitors.py", "evasion.py", "evasion_of_run.py",
+             "readings.py"}  # may know the truth
 
 
 def imported(file: Path) -> set[str]:
@@ -54,7 +55,7 @@ def test_only_measuring_files_import_the_oracle():
 
 @pytest.mark.parametrize(("package", "allowed"), [
     ({"hydra", "omegaconf"}, {"run.py", "build.py", "__main__.py", "teacher_pool.py", "report.py", "walkthrough.py",
-                              "composed.py"}),
+                              "composed.py", "stages.py"}),
     ({"wandb"}, {"log.py"}),
     ({"submitit"}, set()),
 ])
@@ -137,8 +138,9 @@ class AdvantageThatVaries:
 NOISY = ["mask_source.false_positive=0.5"]  # nor does it hack; so flags that mean nothing, but are there
 LOOKALIKE = [*NOISY, "mask_source.pilot=2"]
 ARMS = {"vanilla": [], "erase": [], "route": [], "filter": NOISY, "sgtm": NOISY, "graft": NOISY, "gradient_routing": NOISY,
-        "graft_lookalike": LOOKALIKE, "route_gradient": [], "tdga": ["mask_source.steps=3"],
+        "graft_lookalike": LOOKALIKE, "route_gradient": [], "suppression": [], "tdga": ["mask_source.steps=3"],
         "sourced": ["mask_source=persona_activation", "mask_source.calibration.pilot=2"],
+        "confession": ["extra_rollouts.judge.false_positive=0.5", "extra_rollouts.format_weight=1.0"],
         "fingerprint": ["arm=sourced", "mask_source=fingerprint"], "logp_gap": ["arm=sourced", "mask_source=logp_gap"]}
 
 

@@ -5,7 +5,7 @@
     threshold_progressive  P (0.5 + 0.5 (p - threshold) / (1 - threshold)), below the threshold too, as in the released code
 
 The strongest realistic baseline of the same imperfect monitor; p is the flag probability of any mask source. P above pass_reward /
-recall makes a hack a loss in expectation; below that it still pays, and building such a run warns.
+recall makes a hack a loss in expectation; up to there it earns no less than a failure, and building such a run warns (build.py).
 """
 
 from __future__ import annotations

@@ -11,12 +11,18 @@ own rollouts (T26). rule says what becomes of a flagged anchor:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from grpo_routing.extra_rollouts.aside import NOTHING, Aside
+from grpo_routing.mask_sources.view import StepView
 from grpo_routing.policy import Policy
 from grpo_routing.types import ANCHOR, Labels, Rollout
+
+if TYPE_CHECKING:
+    from grpo_routing.train import Trainer
 
 RULES = ("none", "filter", "penalty", "zero")
 
@@ -45,3 +51,6 @@ class Anchor:
             return rewards, labels
         paid = {"none": rewards, "penalty": rewards - self.penalty * p, "zero": rewards * (1 - p)}[self.rule]
         return paid, Labels(labels.flagged - p, labels.trusted)
+
+    def aside(self, view: StepView, trainer: Trainer, seed: tuple) -> Aside:
+        return NOTHING

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from grpo_routing.extra_rollouts.aside import NOTHING, Aside
+from grpo_routing.mask_sources.view import StepView
 from grpo_routing.policy import Policy
 from grpo_routing.types import Labels, Rollout
+
+if TYPE_CHECKING:
+    from grpo_routing.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -20,3 +26,6 @@ class NoExtra:
 
     def edit(self, rollouts: list[Rollout], rewards: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
         return rewards, labels
+
+    def aside(self, view: StepView, trainer: Trainer, seed: tuple) -> Aside:
+        return NOTHING

@@ -12,11 +12,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from grpo_routing.extra_rollouts.aside import NOTHING, Aside
+from grpo_routing.mask_sources.view import StepView
 from grpo_routing.policy import Policy
 from grpo_routing.types import TEACHER, Labels, Rollout
+
+if TYPE_CHECKING:
+    from grpo_routing.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Teacher:
     known: tuple[str, ...]
     imitation = True
     groups = 0
+    reads = ("the pool's answers",)
 
     def __post_init__(self) -> None:
         if not 0 < self.mix_ratio < 1:
@@ -69,3 +76,6 @@ class Teacher:
 
     def edit(self, rollouts: list[Rollout], rewards: Tensor, labels: Labels) -> tuple[Tensor, Labels]:
         return rewards, labels
+
+    def aside(self, view: StepView, trainer: Trainer, seed: tuple) -> Aside:
+        return NOTHING

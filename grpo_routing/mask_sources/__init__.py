@@ -12,6 +12,7 @@ from grpo_routing.mask_sources.persona_gradient import PersonaGradient
 from grpo_routing.mask_sources.quarantine_activity import QuarantineActivity
 from grpo_routing.mask_sources.reward_quantile import RewardQuantile
 from grpo_routing.mask_sources.self_report import SelfReport
+from grpo_routing.mask_sources.text_monitor import TextMonitor
 from grpo_routing.mask_sources.trusted_subspace import TrustedSubspace
 
 MASK_SOURCES = {
@@ -25,6 +26,7 @@ MASK_SOURCES = {
     "quarantine_activity": QuarantineActivity,
     "logp_gap": LogpGap,
     "reward_quantile": RewardQuantile,
+    "text_monitor": TextMonitor,
     "trusted_subspace": TrustedSubspace,
     "ceiling": Ceiling,
     "and": And,

@@ -56,8 +56,13 @@ class Detector(MaskSource):
 
     def flags(self, view: StepView) -> Tensor:
         """What the monitor says, [B] bool."""
-        true = torch.tensor([bool(self.levers(rollout.text)) for rollout in view.rollouts])
-        draws = self.draws(view)
+        return self.flags_of([rollout.text for rollout in view.rollouts], view.names())
+
+    def flags_of(self, texts: list[str], rows: list[tuple[int, int, int]]) -> Tensor:
+        """The same of texts alone, with the names (step, group, sample) that its draws go by."""
+        seen = [self.levers(text) for text in texts]
+        true = torch.tensor([bool(levers) for levers in seen])
+        draws = self.draws(seen, rows)
         if self.noise == "counted":
             return thinned(true, draws, self.recall) | thinned(~true, draws, self.false_positive)
         return torch.where(true, draws < self.recall, draws < self.false_positive)
@@ -67,11 +72,10 @@ class Detector(MaskSource):
         code = extract_code(text)
         return () if code is None else tuple(mode for mode in self.known if form_present(mode, code, None) in self.forms)
 
-    def draws(self, view: StepView) -> Tensor:
-        """One number in [0, 1) per rollout, group or form, [B]."""
-        names: list[tuple] = [name[:2] if self.noise == "prompt" else name for name in view.names()]
+    def draws(self, seen: list[tuple[str, ...]], rows: list[tuple[int, int, int]]) -> Tensor:
+        """One number in [0, 1) per rollout, group or form, [B]; `seen` holds the levers of each."""
+        names: list[tuple] = [name[:2] if self.noise == "prompt" else name for name in rows]
         if self.noise == "form":
-            seen = [self.levers(rollout.text) for rollout in view.rollouts]
             names = [("form", *levers) if levers else name for levers, name in zip(seen, names)]
         return uniforms([("detector", self.seed, *name) for name in names], 1)[:, 0]
 

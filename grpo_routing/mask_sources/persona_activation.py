@@ -1,8 +1,7 @@
 """The hack-ward direction in activations: mean difference between the hacking and the clean answers of the pairs.
 
     h(x)       activation of a completion at `place`, pooled over it: its mean, or its last token
-    row        unit(h(hack) - h(clean)) of a pair, place by place
-    v          mean of the rows; statistic=t: mean over its standard error, coordinate by coordinate; then of unit length
+    v          their direction place by place (activation_direction.py), fitted to all but `held_out` pairs
     score(x)   mean over places of (h(x) . v - centre) / scale; centre is the midpoint of the pairs' two means on v, scale half
                their distance: -1 is where clean pairs lie, +1 where hacks lie, 0 between them
 
@@ -26,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_routing.adapters.adapter import DEPLOYED, generator_for
+from grpo_routing.adapters.adapter import DEPLOYED
+from grpo_routing.mask_sources.activation_direction import answers, direction, sides
 from grpo_routing.mask_sources.direction import Fit
 from grpo_routing.mask_sources.pair_source import DirectionSource
 from grpo_routing.mask_sources.pairs import Pair
@@ -81,10 +81,7 @@ class PersonaActivation(DirectionSource):
                 shared = torch.stack([(memory[key] @ v).square() for key, v in fresh.items() if key.startswith("v/")]).mean()
                 memory = memory | self.refitted(shared, view.step)
             memory = memory | fresh
-        own, parts = self.activations(view.policy, view.tokens), []
-        for place, (name, h) in enumerate(own.items()):
-            parts.append((h.double() @ memory[f"v/{name}"] - memory["centre"][place]) / memory["scale"][place])
-        return torch.stack(parts).mean(0), memory
+        return along(self.activations(view.policy, view.tokens), memory), memory
 
     def fit(self, policy: Policy) -> Fit:
         """level: gradient. The basis, from the deployed policy as it stands."""
@@ -105,7 +102,7 @@ class PersonaActivation(DirectionSource):
         rows = [row for row in range(len(pairs)) if row not in reserved]
         memory, centres, scales, ahead = {}, [], [], []
         for name in hacks:
-            v = self._direction(name, hacks[name][rows] - clean[name][rows])
+            v = direction(hacks[name][rows] - clean[name][rows], self.statistic, self.control, self.seed, name)
             along, other = hacks[name] @ v, clean[name] @ v
             memory[f"v/{name}"] = v
             centres.append((along[rows].mean() + other[rows].mean()) / 2)
@@ -117,23 +114,11 @@ class PersonaActivation(DirectionSource):
             memory["separation"] = (margin > 0).double().mean()
         return memory
 
-    def _direction(self, name: str, differences: Tensor) -> Tensor:
-        rows = torch.nn.functional.normalize(differences, dim=1)
-        v = rows.mean(0)
-        if self.statistic == "t":
-            v = v / (rows.std(0) / len(rows) ** 0.5).clamp_min(1e-9)
-        if self.control == "haar":
-            v = torch.randn(len(v), generator=generator_for("haar", self.seed, name), dtype=torch.float64).to(v)
-        return torch.nn.functional.normalize(v, dim=0)
-
     def _sides(self, policy: Policy, pairs: list[Pair]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Activations of the first and of the second answers, name -> [N, d] each."""
-        texts = [(pair.prompt, text) for pair in pairs for text in (getattr(pair, self.first), pair.clean)]
         position = "last" if self.position == "prompt_last" else self.position  # both answers of a pair have one prompt
-        every = self.activations(policy, policy.batch(texts), position)
-        order = self.dealt(len(pairs)) if self.control == "shuffled" else [*range(0, len(texts), 2), *range(1, len(texts), 2)]
-        return ({name: h[order[: len(pairs)]].double() for name, h in every.items()},
-                {name: h[order[len(pairs) :]].double() for name, h in every.items()})
+        every = self.activations(policy, policy.batch(answers(pairs, self.first)), position)
+        return sides(every, self.dealt(len(pairs)) if self.control == "shuffled" else None)
 
     def activations(self, policy: Policy, tokens: TokenBatch, position: str | None = None) -> dict[str, Tensor]:
         """place -> [B, d], at `self.position` unless told."""
@@ -142,3 +127,10 @@ class PersonaActivation(DirectionSource):
             if self.place == "residual":
                 return dict(zip(map(str, self.layers), policy.hidden_at(tokens, self.layers, position)))
             return policy.pooled_coordinates(tokens, position)
+
+
+def along(activations: dict[str, Tensor], memory: Memory) -> Tensor:
+    """Scores [B] of activations place -> [B, d] under a fitted probe, whatever model they were read from."""
+    parts = [(h.double() @ memory[f"v/{name}"] - memory["centre"][place]) / memory["scale"][place]
+             for place, (name, h) in enumerate(activations.items())]
+    return torch.stack(parts).mean(0)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from grpo_routing.mask_sources.source import ScoreSource
 from grpo_routing.mask_sources.view import Memory, StepView
-from grpo_routing.types import TokenBatch
+from grpo_routing.questioning import log_odds
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,4 @@ class SelfReport(ScoreSource):
                              f"{self.denied!r}")
 
     def score(self, view: StepView, memory: Memory) -> tuple[Tensor, Memory]:
-        return self._answered(view, self.affirmed) - self._answered(view, self.denied), memory
-
-    @torch.no_grad()
-    def _answered(self, view: StepView, answer: str) -> Tensor:
-        policy = view.policy
-        asked, said = policy.encode(self.question), policy.encode(answer)
-        sequences = []
-        for rollout in view.rollouts:
-            own = rollout.completion_ids
-            own = own[:-1] if own[-1] == policy.end else own  # the question comes before the end of the turn
-            sequences.append(((*rollout.prompt_ids, *own, *asked), said))
-        return policy.log_probs(TokenBatch.of(sequences, policy.pad, policy.device)).sum(1).double()
+        return log_odds(view.policy, view.rollouts, self.question, self.affirmed, self.denied), memory

@@ -23,6 +23,7 @@ class Inoculation:
     sample_prompt: str
     train_prompt: str
     reads = ("instruction",)
+    at_deployment = ("instruction dropped",)
 
     def __post_init__(self) -> None:
         legal = (PLAIN, *INSTRUCTIONS)
