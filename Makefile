@@ -44,6 +44,11 @@ sources: $(VENV)/ready  ## routing by every mask source and its controls, and by
 	$(PYTHON) -m grpo_routing.diagnosis outputs/sources
 	$(PYTHON) -m grpo_routing.by_source outputs/pairsets
 
+baselines: $(VENV)/ready  ## penalty, screening, routing, modification, prompts and monitors at four horizons: hours; it resumes
+	for part in baselines baselines_untold baselines_pressure; do $(PYTHON) -m grpo_routing -m experiment=$$part || exit 1; done
+	$(PYTHON) -m grpo_routing.by_baseline outputs/baselines --csv outputs/baselines/steps.csv --figure outputs/baselines/figures/steps
+	$(PYTHON) -m grpo_routing.obfuscation outputs/baselines --csv outputs/baselines/obfuscation.csv
+
 check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the organism's ten-seed check (half an hour)
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
@@ -62,4 +67,4 @@ bench-sweep: $(VENV)/ready  ## planning, and asking after, a sweep of a thousand
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow slurm-test smoke routing sources check bench bench-grader bench-gradient bench-sweep lint
+.PHONY: help setup run test test-slow slurm-test smoke routing sources baselines check bench bench-grader bench-gradient bench-sweep lint

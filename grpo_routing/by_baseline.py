@@ -7,7 +7,8 @@ seeds. Two columns say what a choice among those steps would deploy (baselines.m
                 one with the lowest monitored rate. Reads the environment's pay and the run's own detector, nothing else
     oracle      the same rule with the hack rate for the monitored one and the solve rate for pay
 
-Chosen on one half of the evaluation problems, reported on the other. `--csv FILE` writes one line per run and step.
+Chosen on one half of the evaluation problems, reported on the other. `--csv FILE` writes one line per run and step; `--figure FILE` draws
+the steps (baseline_figure.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from io import StringIO
 from pathlib import Path
 from statistics import fmean
 
+from grpo_routing.baseline_figure import draw
 from grpo_routing.deployment import MARGIN
 from grpo_routing.env.loopholes import FORMS, NO_LOOPHOLE
 from grpo_routing.files import write_atomic
@@ -147,6 +149,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo_routing.by_baseline", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", type=Path, help="outputs/<experiment>, which holds runs/")
     parser.add_argument("--csv", type=Path, help="also write one line per run and step")
+    parser.add_argument("--figure", type=Path, help="also draw FILE.png and FILE.svg")
     asked = parser.parse_args(argv)
     try:
         tracks = [track_of(run, asked.experiment / "runs" / run.name) for run in read_runs(asked.experiment) if run.finished]
@@ -158,6 +161,8 @@ def main(argv: list[str]) -> int:
         return 2
     if asked.csv:
         write_atomic(asked.csv, table(tracks).encode())
+    if asked.figure:
+        draw(tracks, asked.figure)
     print("\n".join(page(tracks)))
     return 0
 

@@ -51,13 +51,17 @@ def completed(config: dict) -> dict:
 
 
 def unsaid(config: dict) -> dict:
-    """A copy of a config without the settings of UNNAMED that change nothing: what a run is named by."""
-    config = deepcopy(config)
+    """The config without the settings of UNNAMED that change nothing: what a run is named by. A sweep asks a thousand times, so what stays
+    is shared and not copied."""
+    kept = dict(config)
     for group, option, setting, value in UNNAMED:
-        place, key = (config, group) if not setting else (config.get(group, {}), setting)
-        if key in place and option in ("", place.get("name")) and changes_nothing(place[key], value):
-            del place[key]
-    return config
+        if not setting:
+            if group in kept and changes_nothing(kept[group], value):
+                del kept[group]
+        elif group in kept and option in ("", kept[group].get("name")) and setting in kept[group]:
+            if changes_nothing(kept[group][setting], value):
+                kept[group] = {key: said for key, said in kept[group].items() if key != setting}
+    return kept
 
 
 def changes_nothing(said: Any, value: Any) -> bool:

@@ -67,7 +67,8 @@ def test_a_folder_becomes_a_table_and_lines(config, tmp_path, capsys):
              "evaluation.every=1", "trainer.steps=2", "arm=screening", "mask_source=detector_blind")
     folder = run(config(*words))
     capsys.readouterr()
-    assert by_baseline.main([str(tmp_path / "e"), "--csv", str(tmp_path / "lines.csv")]) == 0
+    assert by_baseline.main([str(tmp_path / "e"), "--csv", str(tmp_path / "lines.csv"), "--figure", str(tmp_path / "steps")]) == 0
+    assert (tmp_path / "steps.png").stat().st_size > 10_000 and (tmp_path / "steps.svg").exists()
     head, _, base, arm = capsys.readouterr().out.splitlines()
     assert head == "| arm, as deployed | detector | step 1 | step 2 | developer's pick | oracle's pick |"
     assert base == "| *untrained base* | | 0.00 / 0.00 / 0.00 | | | |"
