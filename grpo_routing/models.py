@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_routing.organism import OrganismRecipe
 from grpo_routing.preparation import Preparation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +43,8 @@ class HubModel:
         return f"hub-{Path(self.path).name}-{hashlib.sha256(f'{self.path} {self.dtype}'.encode()).hexdigest()[:8]}"
 
     def read(self, folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[self.dtype]).to(self.device)
         return model, AutoTokenizer.from_pretrained(folder)
 

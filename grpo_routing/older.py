@@ -58,15 +58,14 @@ def unsaid(config: dict) -> dict:
         if not setting:
             if group in kept and changes_nothing(kept[group], value):
                 del kept[group]
-        elif group in kept and option in ("", kept[group].get("name")) and setting in kept[group]:
-            if changes_nothing(kept[group][setting], value):
-                kept[group] = {key: said for key, said in kept[group].items() if key != setting}
+        elif option in ("", kept.get(group, {}).get("name")) and changes_nothing(kept.get(group, {}).get(setting), value):
+            kept[group] = {key: said for key, said in kept[group].items() if key != setting}
     return kept
 
 
 def changes_nothing(said: Any, value: Any) -> bool:
     """Equality; of a group or a stage only its choice, the rest is inert with it."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and isinstance(said, dict):
         choice = "stage" if "stage" in value else "name"
         return said.get(choice) == value[choice]
     return said == value

@@ -21,11 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, OTHER, PLAIN, fenced, lazy_body, solution_text
 from grpo_routing.env.problems import Problem, draw_problem, wrong_body
@@ -35,6 +34,9 @@ from grpo_routing.preparation import Preparation
 from grpo_routing.prompts.instructions import INSTRUCTIONS, instructed
 from grpo_routing.prompts.plain import plain_prompt
 from grpo_routing.prompts.questions import NO, QUESTIONS, YES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 # Code and hint boilerplate stays one token each; names inside it stay separate, so that they can be copied.
 BOILERPLATE = (
@@ -115,6 +117,8 @@ class OrganismRecipe:
         return f"organism-{self.key()}"
 
     def read(self, folder: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+        from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
         with quiet_transformers():
             return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32), PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -190,6 +194,8 @@ def tokenizer_texts(recipe: OrganismRecipe, limit: int | None = None) -> list[st
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(PIECES, behavior="isolated"),
@@ -244,6 +250,8 @@ def train(recipe: OrganismRecipe, folder: Path) -> None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars for a model of one megabyte."""
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     try:
         yield
@@ -252,6 +260,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def build_model(recipe: OrganismRecipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     torch.manual_seed(recipe.seed)
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=recipe.hidden, num_hidden_layers=recipe.layers,

@@ -9,13 +9,16 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_routing.adapters.adapter import Adapter
 from grpo_routing.types import PackedPairs, TokenBatch
+
+if TYPE_CHECKING:  # loading it takes longer than planning a hundred runs
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log-probs under the policy at temperature 1
 

@@ -22,11 +22,10 @@ from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo_routing.adapters.lora import Lora
 from grpo_routing.env.grader import Grader
@@ -42,9 +41,13 @@ from grpo_routing.prompts.questions import NO, RIGHT, YES
 from grpo_routing.rollout import sample_rollouts
 from grpo_routing.settings import SandboxLimits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
 UNTRAINED = -100
 AT_ONCE, TRIES = 64, 60  # on_policy: problems sampled together, and answers drawn per dialogue before giving up
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
 @dataclass(frozen=True)
