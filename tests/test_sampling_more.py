@@ -55,6 +55,17 @@ def test_the_direction_is_that_of_the_mask_source(config, tiny_policy, control, 
     assert torch.equal(sampling.fit(policy).directions[1], d)
 
 
+def test_a_layer_that_tells_no_pair_apart_is_refused(tiny_policy):
+    """A first layer that adds nothing leaves the last token's embedding, which all answers share."""
+    policy = tiny_policy()
+    first = policy.model.model.layers[0]
+    with torch.no_grad():
+        for module in (first.self_attn.o_proj, first.mlp.down_proj):
+            module.weight.zero_()
+    with pytest.raises(ValueError, match="no direction in layer 1: .* Choose others with sampling.layers or sampling.position"):
+        Suppressed(**SETTINGS | {"position": "last"}).fit(policy)
+
+
 @dataclass(frozen=True)
 class Written(NoExtra):
     """Rollouts that are there already; the policy samples none."""

@@ -131,6 +131,15 @@ def test_the_t_statistic_weighs_coordinates_by_their_standard_error(tiny_policy)
     assert torch.allclose(source.probe(policy)["v/1"], t / t.norm(), atol=1e-9)
 
 
+def test_a_probe_that_tells_no_pair_apart_is_refused(tiny_policy):
+    """Every answer ends in the same token, so its embedding is no direction. Beside a layer that has one it may stand."""
+    policy = tiny_policy()
+    with pytest.raises(ValueError, match="pairs give no direction in place 0: .* Choose others with mask_source.layers"):
+        activation(position="last", layers=(0,)).probe(policy)
+    memory = activation(position="last", layers=(0, 1)).probe(policy)
+    assert not memory["v/0"].any() and memory["v/1"].any()
+
+
 def test_position_last_is_the_last_token_of_the_completion(tiny_policy):
     policy = tiny_policy()
     view = seen(policy, [("a", "x = 1"), ("a long prompt", "y")])

@@ -29,6 +29,13 @@ def sides(every: dict[str, Tensor], order: list[int] | None = None) -> tuple[dic
     return tuple({name: h[half].double() for name, h in every.items()} for half in halves)
 
 
+def check_apart(differences: dict[str, Tensor], settings: str) -> None:
+    """Raises ValueError when no place, name -> [N, d], tells any pair's answers apart: every score would be the same."""
+    if not any(bool(rows.any()) for rows in differences.values()):
+        raise ValueError(f"pairs give no direction in {', '.join(differences)}: hack and clean answers have the same activations there. "
+                         f"Choose others with {settings}")
+
+
 def direction(differences: Tensor, statistic: str, control: str, seed: int, name: str) -> Tensor:
     """v of the differences [N, d], of unit length, [d]; under control=haar a random one, drawn by `name`."""
     rows = torch.nn.functional.normalize(differences, dim=1)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED
-from grpo_routing.mask_sources.activation_direction import answers, direction, sides
+from grpo_routing.mask_sources.activation_direction import answers, check_apart, direction, sides
 from grpo_routing.mask_sources.direction import Fit
 from grpo_routing.mask_sources.pair_source import DirectionSource
 from grpo_routing.mask_sources.pairs import Pair
@@ -101,6 +101,7 @@ class PersonaActivation(DirectionSource):
         reserved = self.reserved(len(pairs))
         rows = [row for row in range(len(pairs)) if row not in reserved]
         memory, centres, scales, ahead = {}, [], [], []
+        check_apart({f"place {name}": (hacks[name] - clean[name])[rows] for name in hacks}, "mask_source.layers or mask_source.position")
         for name in hacks:
             v = direction(hacks[name][rows] - clean[name][rows], self.statistic, self.control, self.seed, name)
             along, other = hacks[name] @ v, clean[name] @ v

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from grpo_routing.mask_sources.activation_direction import answers, direction, sides
+from grpo_routing.mask_sources.activation_direction import answers, check_apart, direction, sides
 from grpo_routing.mask_sources.pairs import load_pairs
 from grpo_routing.policy import Policy
 
@@ -60,6 +60,8 @@ class Suppressed:
         with policy.adapter.only():
             read = policy.hidden_at(policy.batch(answers(load_pairs(self.pairs, self.known), "hack")), self.layers, self.position)
         hacks, clean = sides({str(layer): h for layer, h in zip(self.layers, read)})
+        for name in hacks:
+            check_apart({f"layer {name}": hacks[name] - clean[name]}, "sampling.layers or sampling.position")
         return Suppression({layer: direction(hacks[name] - clean[name], "mean", self.control, self.seed, name)
                             for layer, name in zip(self.layers, hacks)}, self.strength)
 
