@@ -15,6 +15,7 @@ from launchers.plan import SweepPlan, read_plan
 from launchers.status import RunStatus, counts, statuses
 
 WIDTH = 140  # columns of a table that no terminal reads
+NEWS = ("running", "failed", "lost", "stopped", "collapsed", "queued", "planned", "cancelled", "done")  # what a short screen shows first
 QUIET = 600  # seconds without a sign of life after which a running run says so
 
 
@@ -55,17 +56,28 @@ def watch(plan: SweepPlan, again: bool, say: Callable[[str], None]) -> list[RunS
     """Show the sweep until nothing is queued or running; with `again`, start what failed within launcher.retries. A terminal gets a
     live table, a pipe a line whenever the counts change. It looks every launcher.poll_seconds and no faster."""
     root, before = plan.root, ""
-    with Live(console=Console(), auto_refresh=False, transient=True) if sys.stdout.isatty() else _NoLive() as live:
+    console = Console()
+    with Live(console=console, auto_refresh=False, transient=True) if sys.stdout.isatty() else _NoLive() as live:
         while True:
             plan = read_plan(root)
             found, remark = statuses(plan)
-            live.update(Group(heading(plan, found, remark), table(found)), refresh=True)
+            live.update(screen(plan, found, remark, console.height), refresh=True)
             if not sys.stdout.isatty() and (line := f"{root}: {remark or counts(found)}") != before:
                 say(line)
                 before = line
             if finished(found) and not remark and not (again and retry(plan, [], {}, False, lambda line: None)):
                 return found
             time.sleep(plan.settings.poll_seconds)
+
+
+def screen(plan: SweepPlan, found: list[RunStatus], remark: str, lines: int) -> Group:
+    """The live table of a terminal of so many lines. Where it is too short, runs under way and runs that went wrong come first."""
+    top = heading(plan, found, remark)
+    room = max(1, lines - top.count("\n") - 4)  # heading, columns, the line below, the cursor's
+    if len(found) <= room:
+        return Group(top, table(found))
+    shown = sorted(found, key=lambda one: NEWS.index(one.state))[:room]
+    return Group(top, table(shown), f"and {len(found) - room} more; python -m launchers status lists them all")
 
 
 class _NoLive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,13 +18,14 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
+from rich.console import Console
 
 from grpo_routing.files import Held, claimed
 from grpo_routing.run import Frozen
-from launchers import runner, slurm
+from launchers import runner, slurm, table
 from launchers.plan import Entry, SweepPlan, extend, gaps, read_plan
 from launchers.settings import LaunchError, resources_of, settings_of
-from launchers.status import statuses
+from launchers.status import RunStatus, statuses
 from launchers.submissions import cancelled, ended_by, launches, note
 from tests.conftest import CONF, SMOKE
 
@@ -243,3 +245,21 @@ def test_a_local_sweep_from_plan_to_report_with_a_signal_on_the_way(tmp_path, ca
     assert ends in (["preempted", "finished"], ["finished"])  # the signal may come in the last step
     assert "2 of 2 runs finished" in python("launchers", "collect", root).stdout and (root / "results.parquet").exists()
     assert all(one.state == "done" for one in statuses(read_plan(root))[0])
+
+
+def test_a_short_screen_shows_what_happens_and_says_how_much_it_leaves_out(tmp_path):
+    entries = [replace(an_entry(at), folder=f"run{at:02d}") for at in range(30)]
+    whole = a_plan(tmp_path, *entries)
+    found = [RunStatus(one, "failed" if at == 25 else "running" if at == 20 else "done", "", "", "", 2, 0.5, None, None, 1, {})
+             for at, one in enumerate(entries)]
+
+    def shown(lines: int) -> list[str]:
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(table.screen(whole, found, "", lines))
+        return console.export_text().splitlines()
+
+    short = shown(10)
+    assert short[0].endswith(": 28 done, 1 running, 1 failed") and len(short) <= 10
+    assert [line.split()[0] for line in short[2:5]] == ["run20", "run25", "run00"]
+    assert short[-1] == "and 24 more; python -m launchers status lists them all"
+    assert len(shown(40)) == 2 + 30
