@@ -25,6 +25,9 @@ test: $(VENV)/ready  ## the test suite (<= 10 minutes on two cores)
 test-slow: $(VENV)/ready  ## the tests that train for minutes
 	$(PYTHON) -m pytest -m slow
 
+slurm-test: $(VENV)/ready  ## sweeps through a real one-machine SLURM cluster, which root installs when it is missing (10 to 20 minutes)
+	$(PYTHON) -m pytest -m slurm -n 0 tests/slurm
+
 smoke: $(VENV)/ready  ## every stage once, in seconds, with an untrained model
 	$(PYTHON) -m grpo_routing model=tiny_random trainer=smoke evaluation=smoke arm=erase experiment_name=smoke
 
@@ -50,7 +53,7 @@ check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the orga
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
 
-bench: bench-grader bench-gradient  ## all benchmarks
+bench: bench-grader bench-gradient bench-sweep  ## all benchmarks
 
 bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
 	$(PYTHON) -m benchmarks.grader
@@ -58,7 +61,10 @@ bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
 bench-gradient: $(VENV)/ready  ## batched per-rollout gradients against one backward per completion
 	$(PYTHON) -m benchmarks.gradient
 
+bench-sweep: $(VENV)/ready  ## planning, and asking after, a sweep of a thousand runs
+	$(PYTHON) -m benchmarks.sweep 1000
+
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow smoke routing sources baselines check bench bench-grader bench-gradient lint
+.PHONY: help setup run test test-slow slurm-test smoke routing sources baselines check bench bench-grader bench-gradient bench-sweep lint

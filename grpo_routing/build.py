@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -129,18 +130,21 @@ def nested(group: str, value: Any) -> Any:
     return make(group, value) if isinstance(value, dict) and isinstance(GROUPS[group], dict) and "name" in value else value
 
 
+_adapter, _hints = cache(TypeAdapter), cache(get_type_hints)  # a sweep checks every class a thousand times
+
+
 def construct(where: str, kind: type, values: dict) -> Any:
     legal = [field.name for field in dataclasses.fields(kind)]
     unknown = [key for key in values if key not in legal]
     missing = [key for key in legal if key not in values]
-    for name, kind_of in get_type_hints(kind).items():  # a dataclass within (mask_source.calibration) is checked like a group
+    for name, kind_of in _hints(kind).items():  # a dataclass within (mask_source.calibration) is checked like a group
         if dataclasses.is_dataclass(kind_of) and isinstance(values.get(name), dict):
             values = values | {name: construct(f"{where}.{name}", kind_of, values[name])}
     if unknown or missing:
         faults = [f"{where}.{key} is not a setting" for key in unknown] + [f"{where}.{key} is missing" for key in missing]
         raise ConfigError(f"{'; '.join(faults)}. {where} has {', '.join(legal) or 'no settings'}")
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_say(where, one) for one in error.errors())) from error
 

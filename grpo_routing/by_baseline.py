@@ -7,8 +7,9 @@ seeds. Two columns say what a choice among those steps would deploy (baselines.m
                 one with the lowest monitored rate. Reads the environment's pay and the run's own detector, nothing else
     oracle      the same rule with the hack rate for the monitored one and the solve rate for pay
 
-Chosen on one half of the evaluation problems, reported on the other. `--csv FILE` writes one line per run and step; `--figure FILE` draws
-the steps (baseline_figure.py).
+Chosen on one half of the evaluation problems, reported on the other. Below, at the last step and paired by seed, what each row adds to
+vanilla and to routing with the same flags: mean and 95 % t-interval over seeds. `--csv FILE` writes one line per run and step;
+`--figure FILE` draws the steps (baseline_figure.py).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from pathlib import Path
 from statistics import fmean
 
 from grpo_routing.baseline_figure import draw
+from grpo_routing.by_source import difference
 from grpo_routing.deployment import MARGIN
 from grpo_routing.env.loopholes import FORMS, NO_LOOPHOLE
 from grpo_routing.files import write_atomic
 from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_json, read_runs
 
+ROUTED = "sourced-detector"
 SHOWN = ("hack_known", "hack_held_out", "solve")
 COLUMNS = ("arm", "detector", "seed", "step", "passed", "monitored", "hack", "hack_known", "hack_held_out", "hack_other_form", "solve",
            "format", "run", "code")
@@ -106,21 +109,46 @@ def rates(rows: list[dict], seen: set[str], loophole: dict) -> dict[str, float]:
         "format": fmean(row["format_ok"] for row in rows)}
 
 
+def by_row(tracks: list[Track]) -> list[tuple[tuple[str, str], list[Track]]]:
+    """(arm, detector) -> its runs; the rows without a detector first."""
+    rows = defaultdict(list)
+    for track in tracks:
+        rows[track.arm, track.detector].append(track)
+    return sorted(rows.items(), key=lambda item: (item[0][1] != "", *item[0]))
+
+
 def page(tracks: list[Track]) -> list[str]:
     """Markdown lines."""
     steps = sorted({point.step for track in tracks for point in track.points} - {0})
     names = [f"step {step}" for step in steps]
     lines = [f"| arm, as deployed | detector | {' | '.join([*names, *PICKS])} |", "|---|---|" + "---|" * (len(steps) + len(PICKS))]
     lines.append(f"| *untrained base* | | {cell([tracks[0].points[0].rates['all']], False)} |" + " |" * (len(steps) + len(PICKS) - 1))
-    rows = defaultdict(list)
-    for track in tracks:
-        rows[track.arm, track.detector].append(track)
-    for (arm, detector), own in sorted(rows.items(), key=lambda item: (item[0][1] != "", *item[0])):
+    for (arm, detector), own in by_row(tracks):
         texts = [cell([point.rates["all"] for track in own if (point := track.at(step))], len(own) > 1) for step in steps]
         texts += [cell([rule(track).rates["report"] for track in own], len(own) > 1) for rule in PICKS.values()]
         many = f" <sub>n={len(own)}</sub>" if len(own) != 5 else ""
         lines.append(f"| `{arm}`{many} | {detector} | {' | '.join(texts)} |")
     return lines
+
+
+def differences(tracks: list[Track]) -> list[str]:
+    """Markdown lines: every row minus vanilla, and minus routing by the same detector, as deployed after the last step."""
+    rows = by_row(tracks)
+    lines = ["| arm, after the last step | detector | minus vanilla: known | held-out | solve | minus routing: known | held-out | solve |",
+             "|---|---|" + "---|" * 6]
+    for (arm, detector), own in rows:
+        found = dict(rows)
+        others = (found.get(("vanilla", "")), found.get((ROUTED, detector)) if detector else None)
+        if own not in others[:1]:
+            texts = [difference(paired(own, other, rate)) if other and own is not other else "–" for other in others for rate in SHOWN]
+            lines.append(f"| `{arm}` | {detector} | {' | '.join(texts)} |")
+    return lines
+
+
+def paired(own: list[Track], other: list[Track], rate: str) -> list[float]:
+    """One difference per seed that both have."""
+    there = {track.seed: track.points[-1].rates["all"][rate] for track in other}
+    return [track.points[-1].rates["all"][rate] - there[track.seed] for track in own if track.seed in there]
 
 
 def cell(seeds: list[dict[str, float]], spread: bool) -> str:
@@ -163,7 +191,7 @@ def main(argv: list[str]) -> int:
         write_atomic(asked.csv, table(tracks).encode())
     if asked.figure:
         draw(tracks, asked.figure)
-    print("\n".join(page(tracks)))
+    print("\n".join([*page(tracks), "", *differences(tracks)]))
     return 0
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from grpo_routing.arms import group
 from grpo_routing.atlas import atlas_class
+from grpo_routing.by_baseline import detector_of
 from grpo_routing.evasion import LEAST
 from grpo_routing.evasion_of_run import METRICS, Measured, measured
 from grpo_routing.files import write_atomic
@@ -118,20 +119,28 @@ def page(found: list[Measured]) -> list[str]:
         told = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) or "–"
         verdicts = [one.obfuscated for one in runs if one.obfuscated is not None]
         cells = [cell(runs, names, digits) for _, names, digits in SEEN]
-        lines.append(f"| `{label}` | {runs[0].monitor} | {len(runs)} | {' | '.join(cells)} | {told} | {signatures(runs)} | "
+        name, monitor = said_of(label, runs[0])
+        lines.append(f"| {name} | {monitor} | {len(runs)} | {' | '.join(cells)} | {told} | {signatures(runs)} | "
                      f"{f'{sum(verdicts)}/{len(verdicts)}' if verdicts else '–'} |")
-    lines += ["", "| arm, base → now | " + " | ".join(head for head, *_ in SHAPED) + " |", "|---|" + "---|" * len(SHAPED)]
+    lines += ["", "| arm, base → now | M_train | " + " | ".join(head for head, *_ in SHAPED) + " |", "|---|---|" + "---|" * len(SHAPED)]
     for label, own in arms.items():
-        lines.append(f"| `{label}` | " + " | ".join(cell([one for one, _ in own], names, digits) for _, names, digits in SHAPED) + " |")
+        runs = [one for one, _ in own]
+        lines.append("| " + " | ".join([*said_of(label, runs[0]), *(cell(runs, names, digits) for _, names, digits in SHAPED)]) + " |")
     named = [one.run.name for one in found if one.obfuscated]
     return [*lines, "", f"Obfuscated, {len(named)} of {len(found)}: {', '.join(named) or 'none'}."]
 
 
+def said_of(label: str, one: Measured) -> tuple[str, str]:
+    """Arm and M_train of a row; which detector an arm was given stands with the monitor and not in the arm's label."""
+    detector = detector_of(one.run.config["mask_source"])
+    return (f"`{one.run.config['arm_name']}`", f"{one.monitor}, {detector}") if detector else (f"`{label}`", one.monitor)
+
+
 def signatures(runs: list[Measured]) -> str:
-    """How many runs show the drop of O1 (at a hack rate above 5 %) and the gap of O2."""
-    shown = {"O1": [one.values["o1_drop"] >= DROP and one.values["hack"] > LEAST for one in runs
-                    if None not in (one.values["o1_drop"], one.values["hack"])],
-             "O2": [one.values["o2_gap"] > GAP for one in runs if one.values["o2_gap"] is not None]}
+    """How many runs show the drop of O1 and the gap of O2, of those that hack in more than 5 % of their answers."""
+    hacking = [one.values for one in runs if one.values["hack"] is not None and one.values["hack"] > LEAST]
+    shown = {"O1": [values["o1_drop"] >= DROP for values in hacking if values["o1_drop"] is not None],
+             "O2": [values["o2_gap"] > GAP for values in hacking if values["o2_gap"] is not None]}
     return ", ".join(f"{name} {sum(said)}/{len(said)}" for name, said in shown.items() if any(said)) or "–"
 
 

@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -32,7 +33,8 @@ from grpo_routing.env.grader import Grade, Grader
 from grpo_routing.env.problems import Problem
 from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.evaluate import evaluate
-from grpo_routing.files import Record, locked, write_atomic, write_json
+from grpo_routing.files import Record, claimed, write_atomic, write_json
+from grpo_routing.heartbeat import Heartbeat
 from grpo_routing.log import Progress
 from grpo_routing.older import unsaid
 from grpo_routing.oracle.audit import Audit
@@ -45,6 +47,7 @@ from grpo_routing.types import Rollout
 
 NOT_IDENTITY = ("logger", "output", "cache", "experiment_name")  # where things go, not what is computed
 RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl", "scores.jsonl", "timing.jsonl")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 OVER = ("done", "collapsed")  # states of a run that is left alone
 
 
@@ -55,12 +58,15 @@ class Stopped(SystemExit):
         super().__init__(143)
 
 
-def run(config: dict) -> Path:
-    """Run a resolved config to its end and return the run's folder. Raises ConfigError before any work."""
+def run(config: dict, folder: Path | None = None, patience: float | None = None) -> Path:
+    """Run a resolved config to its end and return the run's folder. Raises ConfigError before any work.
+
+    `folder` is where it was planned to go, if it was; `patience` says how long to wait for another process that runs the same.
+    """
     ready = plan(config)
-    folder = run_folder(config, ready)
+    folder = folder or run_folder(config, ready)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock"):
+    with claimed(folder / ".lock", patience):
         freeze(folder, config)
         if (before := status(folder)) in OVER:
             why = f" ({json.loads((folder / 'status.json').read_text())['cause']})" if before == "collapsed" else ""
@@ -135,6 +141,7 @@ def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Ca
     rows = metrics.rows()
     cause = ready.health.cause(rows) if rows else None  # of a run that was killed between its collapse and its evaluation
     progress = Progress(f"{ready.arm_name} s{ready.seed}", ready.trainer.steps, every=10)
+    heart = Heartbeat(folder, ready.trainer.steps, state.step)
     try:
         while state.step < ready.trainer.steps and not cause:
             wall, cpu, step = time.monotonic(), time.process_time(), state.step
@@ -150,6 +157,7 @@ def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Ca
                 raise Stopped
             seen = {name: line.audit.latest[name] for name in ("hack", "solve")} if line.audit else {}
             progress.show(state.step, {"reward": row["train/reward"]} | {k: v for k, v in seen.items() if v is not None})
+            heart.beat(state.step, seen, "evaluating" if last else "training")
             if ready.evaluation.every and state.step % ready.evaluation.every == 0 and not last:
                 with line.policy.adapter.only(DEPLOYED):
                     examine(f"step-{state.step:06d}-as_deployed", asked_to_stop)
@@ -231,12 +239,26 @@ def run_folder(config: dict, ready: Plan) -> Path:
 
 def freeze(folder: Path, config: dict) -> None:
     """Write the config, or refuse a folder that holds another one."""
-    file = folder / "config.yaml"
+    file, text = folder / "config.yaml", yaml.dump(config, Dumper=Frozen, sort_keys=False, allow_unicode=True)
     if file.exists():
-        if identity(frozen(folder)) != identity(config):
+        if file.read_text(encoding="utf-8") != text and identity(frozen(folder)) != identity(config):
             raise FileExistsError(f"run folder {folder} holds another config; move it away or rename the experiment")
     else:
-        write_atomic(file, OmegaConf.to_yaml(OmegaConf.create(config)).encode())
+        write_atomic(file, text.encode())
+
+
+class Frozen(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+    """YAML as OmegaConf reads it: words that it would take for a number are quoted. A sweep writes a thousand of them."""
+
+    def words(self, text: str) -> yaml.Node:
+        try:
+            float(text.replace("_", ""))
+        except ValueError:
+            return self.represent_scalar("tag:yaml.org,2002:str", text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+Frozen.add_representer(str, Frozen.words)
 
 
 def frozen(folder: Path) -> dict:
@@ -280,12 +302,16 @@ def code_state() -> dict[str, str | list[str]]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGTERM, SIGUSR1 and SIGUSR2 only set a flag; the run stops at its next step boundary."""
+    """SIGTERM, SIGUSR1 and SIGUSR2 only set a flag; the run stops at its next step boundary.
+
+    A launcher starts a worker with these signals blocked, so that none ends it while it loads; what came meanwhile arrives here.
+    """
     asked: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP_SIGNALS}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield lambda: bool(asked)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,6 +9,8 @@ a sweep does that lacks the control of one (`mask_source.control` or `sampling.c
     none     runs what was asked for
 
 `hypotheses` are frozen with the plan, before the first run (grpo_routing/preregistration.py).
+
+A launcher that has a `plan` (sweep_launcher.py) gets the planned runs and adds its own objections to the one list of errors.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import logging
 from collections.abc import Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
+from hydra.errors import CompactHydraException, HydraException
+from omegaconf import OmegaConf
 
 from grpo_routing.build import ConfigError, Plan, plan
 from grpo_routing.preregistration import register
 from grpo_routing.results import ReportError
+from hydra_plugins.sweep_configs import Composed, compose_all
 
 log = logging.getLogger("grpo_routing")
 CHOICES = ("add", "refuse", "none")
@@ -41,52 +44,52 @@ class ControlledSweeper(BasicSweeper):
     def split_arguments(self, overrides: list, max_batch_size: int | None) -> list[list[list[str]]]:
         """The jobs of the sweep, its controls included. Raises HydraException with everything that is wrong or missing."""
         jobs = [job for batch in BasicSweeper.split_arguments(overrides, None) for job in batch]
-        planned = self._planned(jobs)
-        there, missing, configs = {recipe(config) for _, config in planned}, {}, [config for _, config in planned]
-        for job, config in planned:
-            for group, wanted in controls_of(plan(config)).items():
-                control = config | {group: config[group] | {"control": wanted}}
+        planned, problems = self._planned(jobs)
+        there, missing = {recipe(one.config) for one, _ in planned}, {}
+        for one, ready in planned:
+            for group, wanted in controls_of(ready).items():
+                control = one.config | {group: one.config[group] | {"control": wanted}}
                 if recipe(control) not in there:
-                    missing[recipe(control)] = [*job, f"{group}.control={wanted}"]
-                    configs += [control] * (self.controls == "add")
-        if missing and self.controls == "refuse":
-            said = "\n".join(" ".join(job) for job in missing.values())
-            raise HydraException(f"the sweep lacks {len(missing)} controls; add them, or set hydra.sweeper.controls=add or none:\n{said}")
+                    missing[recipe(control)] = [*one.words, f"{group}.control={wanted}"]
         if missing and self.controls == "add":
             log.info("adding %d controls to %d runs (hydra.sweeper.controls=none leaves them out)", len(missing), len(jobs))
             jobs += missing.values()
-        if self.hypotheses:
-            self._register(configs)
+            added, faults = self._planned(list(missing.values()))
+            planned, problems = planned + added, problems + faults
+        elif missing and self.controls == "refuse":
+            said = "\n".join(" ".join(job) for job in missing.values())
+            problems.append(f"the sweep lacks {len(missing)} controls; add them, or set hydra.sweeper.controls=add or none:\n{said}")
+        if hasattr(self.launcher, "plan"):
+            problems += self.launcher.plan(planned)
+        if self.hypotheses and not problems:
+            problems += self._register([one.config for one, _ in planned])
+        if problems:
+            raise CompactHydraException("the sweep was refused before its first run:\n" + "\n".join(problems))
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))
 
-    def _register(self, configs: list[dict]) -> None:
-        """Freeze what the sweep claims. Raises HydraException for claims that are malformed or about what is not in it."""
+    def _register(self, configs: list[dict]) -> list[str]:
+        """Freeze what the sweep claims, unless it is malformed or about what is not in it; what is wrong."""
         try:
             said = register(self.hypotheses, configs, self.config.hydra.runtime.choices["experiment"])
         except ReportError as error:
-            raise HydraException(f"the sweep was refused before its first run:\n{error}") from error
+            return [str(error)]
         for line in said:
             log.warning(line) if line.startswith("!!!") else log.info(line)
+        return []
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Nothing: the whole sweep was planned already."""
 
-    def _planned(self, jobs: list[list[str]]) -> list[tuple[list[str], dict]]:
-        """Every job with its resolved config. Raises HydraException with what cannot be run."""
-        found, problems = [], []
-        for job in jobs:
-            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job))
-            with open_dict(composed):
-                del composed["hydra"]
-            config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    def _planned(self, jobs: list[list[str]]) -> tuple[list[tuple[Composed, Plan]], list[str]]:
+        """Every job that can be run, and what is wrong with the others."""
+        composed, problems = compose_all(self.hydra_context.config_loader, self.config, jobs)
+        found = []
+        for one in composed:
             try:
-                plan(config)
+                found.append((one, plan(one.config)))
             except ConfigError as error:
-                problems.append(f"{' '.join(job)}: {error}")
-            found.append((job, config))
-        if problems:
-            raise HydraException("the sweep was refused before its first run:\n" + "\n".join(problems))
-        return found
+                problems.append(f"{' '.join(one.words)}: {error}")
+        return found, problems
 
 
 def controls_of(ready: Plan) -> dict[str, str]:

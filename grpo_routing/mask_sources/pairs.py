@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -47,7 +48,7 @@ def load_pairs(file: str, known: tuple[str, ...]) -> list[Pair]:
     if not path.is_file():
         raise PairFileError(f"no pair file {file!r}; shipped: {', '.join(sorted(p.name for p in SHIPPED.glob('*.yaml')))}")
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = _root(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         raise PairFileError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}{_hint(error)}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -59,6 +60,12 @@ def load_pairs(file: str, known: tuple[str, ...]) -> list[Pair]:
     if not chosen:
         raise PairFileError(f"{path}: no pair for the known loopholes {list(known)}; it has {sorted({p.loophole for p in pairs})}")
     return chosen
+
+
+@lru_cache(maxsize=8)
+def _root(text: str) -> yaml.Node | None:
+    """Parsed once, since planning a sweep checks the same file a thousand times."""
+    return yaml.compose(text, Loader=yaml.SafeLoader)
 
 
 def _hint(error: yaml.MarkedYAMLError) -> str:
