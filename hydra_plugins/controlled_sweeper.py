@@ -8,6 +8,8 @@ a sweep does that lacks the control of one (`mask_source.control` or `sampling.c
     refuse   ends with the list of what is missing
     none     runs what was asked for
 
+`hypotheses` are frozen with the plan, before the first run (grpo_routing/preregistration.py).
+
 A launcher that has a `plan` (sweep_launcher.py) gets the planned runs and adds its own objections to the one list of errors.
 """
 
@@ -19,8 +21,11 @@ from collections.abc import Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import CompactHydraException, HydraException
+from omegaconf import OmegaConf
 
 from grpo_routing.build import ConfigError, Plan, plan
+from grpo_routing.preregistration import register
+from grpo_routing.results import ReportError
 from hydra_plugins.sweep_configs import Composed, compose_all
 
 log = logging.getLogger("grpo_routing")
@@ -29,11 +34,12 @@ NAMES = ("arm_name", "experiment_name", "output", "cache", "logger")  # what two
 
 
 class ControlledSweeper(BasicSweeper):
-    def __init__(self, max_batch_size: int | None, controls: str, params: dict | None = None) -> None:
+    def __init__(self, max_batch_size: int | None, controls: str, hypotheses: list, params: dict | None = None) -> None:
         super().__init__(max_batch_size, params)
         if controls not in CHOICES:
             raise HydraException(f"hydra.sweeper.controls must be one of {', '.join(CHOICES)}; got {controls!r}")
         self.controls = controls
+        self.hypotheses = OmegaConf.to_container(OmegaConf.create(list(hypotheses)), resolve=True)
 
     def split_arguments(self, overrides: list, max_batch_size: int | None) -> list[list[list[str]]]:
         """The jobs of the sweep, its controls included. Raises HydraException with everything that is wrong or missing."""
@@ -55,9 +61,21 @@ class ControlledSweeper(BasicSweeper):
             problems.append(f"the sweep lacks {len(missing)} controls; add them, or set hydra.sweeper.controls=add or none:\n{said}")
         if hasattr(self.launcher, "plan"):
             problems += self.launcher.plan(planned)
+        if self.hypotheses and not problems:
+            problems += self._register([one.config for one, _ in planned])
         if problems:
             raise CompactHydraException("the sweep was refused before its first run:\n" + "\n".join(problems))
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))
+
+    def _register(self, configs: list[dict]) -> list[str]:
+        """Freeze what the sweep claims, unless it is malformed or about what is not in it; what is wrong."""
+        try:
+            said = register(self.hypotheses, configs, self.config.hydra.runtime.choices["experiment"])
+        except ReportError as error:
+            return [str(error)]
+        for line in said:
+            log.warning(line) if line.startswith("!!!") else log.info(line)
+        return []
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Nothing: the whole sweep was planned already."""
