@@ -24,6 +24,7 @@ from io import StringIO
 from pathlib import Path
 from statistics import fmean
 
+from grpo_routing.arms import group
 from grpo_routing.baseline_figure import draw
 from grpo_routing.by_source import difference
 from grpo_routing.deployment import MARGIN
@@ -72,8 +73,9 @@ PICKS: dict[str, Callable[[Track], Point]] = {
     "developer's pick": lambda track: track.pick("passed", "monitored"), "oracle's pick": lambda track: track.pick("solve", "hack")}
 
 
-def track_of(run: Run, folder: Path) -> Track:
-    """Raises ReportError where an evaluation holds no rows that can be read."""
+def track_of(run: Run, label: str, folder: Path) -> Track:
+    """`label` is that of the run's arm in the report; which detector the run has stands in a column of its own. Raises ReportError where
+    an evaluation holds no rows that can be read."""
     source, loophole = run.config["mask_source"], run.config["loophole"]
     seen = {f"{mode} {form}" for mode in loophole["known"] for form in source.get("forms", FORMS)}
     states = {0: BASE} | {int(file.stem.split("-")[1]): file.stem for file in sorted((folder / "eval").glob("step-*-as_deployed.json"))}
@@ -84,15 +86,17 @@ def track_of(run: Run, folder: Path) -> Track:
             raise ReportError(f"expected the levers of every sample in {folder}/eval/{state}.json; an older version wrote it. Run it again")
         halves = {"all": rows, "choose": rows[::2], "report": rows[1::2]}
         points.append(Point(step, {name: rates(half, seen, loophole) for name, half in halves.items()}))
-    return Track(run.config["arm_name"], detector_of(source), run.config["seed"], tuple(points), run.name, run.code)
+    detector = detector_of(source)
+    return Track(run.config["arm_name"] if detector else label, detector, run.config["seed"], tuple(points), run.name, run.code)
 
 
 def detector_of(source: dict) -> str:
-    """Which detector an arm was given: `whole`, `recall 0.5`, `plain form only`; empty for an arm without one."""
+    """Which detector an arm was given: `whole`, `recall 0.5`, `plain form only`, or a control of one; empty for an arm without."""
     if source["name"] != "detector":
         return ""
     said = [f"recall {source['recall']:g}"] * (source["recall"] < 1) + ["plain form only"] * (set(source["forms"]) != set(FORMS))
-    return ", ".join(said) or "whole"
+    said = said or ["whole"]
+    return ", ".join([*said, f"control={source['control']}"] if source["control"] != "none" else said)
 
 
 def rates(rows: list[dict], seen: set[str], loophole: dict) -> dict[str, float]:
@@ -180,7 +184,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--figure", type=Path, help="also draw FILE.png and FILE.svg")
     asked = parser.parse_args(argv)
     try:
-        tracks = [track_of(run, asked.experiment / "runs" / run.name) for run in read_runs(asked.experiment) if run.finished]
+        tracks = [track_of(run, arm.label, asked.experiment / "runs" / run.name)
+                  for arm in group(read_runs(asked.experiment)) for run in arm.runs]
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from grpo_routing import by_baseline
-from grpo_routing.by_baseline import PICKS, Point, Track, detector_of, rates
+from grpo_routing.by_baseline import PICKS, Point, Track, detector_of, differences, paired, rates
 from grpo_routing.run import run
 
 KNOWN_ONE = {"known": ["sentinel"], "held_out": ["file_marker"]}
@@ -57,9 +57,24 @@ def test_a_pick_is_made_on_one_half_and_reported_on_the_other():
 
 @pytest.mark.parametrize(("change", "said"), [
     ({}, "whole"), ({"recall": 0.5}, "recall 0.5"), ({"forms": ["plain"]}, "plain form only"),
-    ({"recall": 0.5, "forms": ["plain"]}, "recall 0.5, plain form only"), ({"name": "none"}, "")])
+    ({"recall": 0.5, "forms": ["plain"]}, "recall 0.5, plain form only"), ({"name": "none"}, ""),
+    ({"control": "rate_matched"}, "whole, control=rate_matched")])
 def test_detectors_have_names(change, said):
-    assert detector_of({"name": "detector", "recall": 1.0, "forms": ["other", "plain"]} | change) == said
+    assert detector_of({"name": "detector", "recall": 1.0, "forms": ["other", "plain"], "control": "none"} | change) == said
+
+
+def test_differences_are_paired_by_seed():
+    def one(arm: str, detector: str, seed: int, rate: float) -> Track:
+        rates = {"all": dict.fromkeys(("hack_known", "hack_held_out", "solve"), rate)}
+        return Track(arm, detector, seed, (Point(60, rates),), "run", "code")
+
+    vanilla = [one("vanilla", "", seed, rate) for seed, rate in enumerate((0.9, 0.8, 0.7))]
+    routed = [one("sourced-detector", "whole", seed, rate) for seed, rate in ((1, 0.4), (2, 0.1))]
+    assert paired(routed, vanilla, "solve") == pytest.approx([0.4 - 0.8, 0.1 - 0.7])
+    lines = differences([*vanilla, *routed, one("penalty", "whole", 2, 0.2)])
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| `penalty`", "| `sourced-detector`"]
+    assert lines[2].split(" | ")[2:] == ["-0.50 (n=1)"] * 3 + ["+0.10 (n=1)"] * 2 + ["+0.10 (n=1) |"]
+    assert lines[3].split(" | ")[2:5] == ["-0.50 [-1.77, +0.77]"] * 3
 
 
 def test_a_folder_becomes_a_table_and_lines(config, tmp_path, capsys):
