@@ -13,7 +13,7 @@ from grpo_routing.results import BASE, DEPLOYED, RESTRICTED, TRAINED, ReportErro
 
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 # keys that need no group in a label
-SHORT = {f"mask_source.{key}": key for key in ("recall", "false_positive", "noise", "control", "pairs", "forms")}
+SHORT = {f"mask_source.{key}": key for key in ("recall", "false_positive", "noise", "control", "pairs", "forms", "position")}
 UNSAID = ("mask_source.control", "none")  # a label without the word says so
 SPREAD = ("mask_source.recall",)  # named in every label once two arms of the experiment differ in it
 

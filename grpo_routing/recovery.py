@@ -30,6 +30,7 @@ from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.files import write_json
 from grpo_routing.finished import UnusableRun, finished_config, load, ready_plan
 from grpo_routing.log import Progress
+from grpo_routing.older import completed, unsaid
 from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.verdict import Oracle
 from grpo_routing.policy import Policy
@@ -40,7 +41,7 @@ THRESHOLD, STEPS = 0.8, 60
 SEED_SHIFT = 1000  # added to the run's seed: other problems first, other random numbers
 BOTH_TRAIN = {"name": "route", "mode": "classic", "alpha": 1.0, "strength": 1.0, "kappa": 1.0, "clean": [1.0, 1.0], "flagged": [0.0, 1.0],
               "forward": "on", "clean_share": 0.0}  # without labels every rollout trains both blocks
-SAME = ("model", "dataset", "loophole", "reward", "prompt")  # groups that the run and its vanilla share
+SAME = ("model", "dataset", "loophole", "reward")  # groups that the run and its vanilla share; its prompt may be what the run did
 
 
 def main(argv: list[str]) -> int:
@@ -131,7 +132,8 @@ def starting_policy(folder: Path, config: dict, fresh: bool, start: str) -> Poli
 
 def recovery_config(run: dict, vanilla: dict, fresh: bool, steps: int) -> dict:
     """The vanilla run's config on the adapter of the run; no labels, and every rollout judged. Raises UnusableRun."""
-    if other := [group for group in SAME if bare(run[group]) != bare(vanilla[group])]:
+    ours, theirs = (unsaid(completed(config)) for config in (run, vanilla))
+    if other := [group for group in SAME if bare(ours[group]) != bare(theirs[group])]:
         raise UnusableRun(f"expected a vanilla run with the same {', '.join(SAME)}; it differs in {', '.join(other)}. "
                           "Name another with --vanilla")
     blocks = ready_plan(run, Path(run["arm_name"])).adapter.blocks
