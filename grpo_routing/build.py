@@ -108,7 +108,7 @@ def plan(config: dict) -> Plan:
     if problems:
         raise ConfigError("\n".join(problems))
     for doubt in doubtful(parts):
-        log.warning(doubt)
+        warn(doubt)
     return Plan(**parts, **{key: config[key] for key in SCALARS})
 
 
@@ -210,6 +210,12 @@ def impossible(parts: dict[str, Any], uses_oracle: bool, arm_name: str) -> list[
         "Give the adapter a quarantine, or raise trainer.prompts_per_step": bool(extra.groups) and not quarantine,
     }
     return [message for message, broken in holds.items() if broken] + told_held_out(parts)
+
+
+@cache
+def warn(doubt: str) -> None:
+    """Once in a process: a sweep plans hundreds of runs that share one."""
+    log.warning(doubt)
 
 
 def doubtful(parts: dict[str, Any]) -> list[str]:

@@ -134,9 +134,6 @@ def read_experiment(folder: Path, names: list[str] | None = None, loophole: str 
     Raises Refused for runs that are not finished and seeds that are there twice, ReportError when there is nothing to read.
     """
     runs = [run for run in read_runs(folder) if run.config is None or loophole in (None, run.config["loophole"]["name"])]
-    if old := [run.name for run in runs if run.config and unsaid_control(run.config["mask_source"])]:
-        raise Refused([f"{len(old)} runs were frozen by older code, which does not say whether they are controls "
-                       f"({', '.join(old[:3])}, …). Run them again, or read them with by_recall"])
     if names is not None:
         runs = named(runs, names)
     reasons = [unfinished(run) for run in runs if not run.finished]
@@ -200,10 +197,6 @@ def strange(arm: Arm, other: Arm) -> list[str]:
     """Shared settings in which two arms differ, as text."""
     own, theirs = shared(arm), shared(other)
     return [f"{key} is {own.get(key)} and {theirs.get(key)}" for key in words(own, theirs)]
-
-
-def unsaid_control(source: dict) -> bool:
-    return source["name"] != "none" and "control" not in source
 
 
 def no_vanilla(arm: Arm, fitting: list[Arm], there: list[Arm]) -> str:

@@ -104,9 +104,9 @@ class Answer:
 
 
 def acts(ready: Plan) -> bool:
-    """Whether the mask source of a run reaches its training. One that only measures (`vanilla`) is nothing that the run could evade."""
-    read = {"flags", "scores"} & set(ready.advantage.reads)
-    return ready.mask_source.kind in ("rollout", "subspace") and (type(ready.projection).__name__ != "MeasureOnly" or bool(read))
+    """Whether the mask source of a run reaches its training and says something of a rollout. One that only measures (`vanilla`) is nothing
+    that the run could evade."""
+    return ready.source_acts and ready.mask_source.kind in ("rollout", "subspace")
 
 
 def own_scores(ready: Plan, policy: Policy, state: State, basis: Basis | None, rows: list[Row],

@@ -14,6 +14,7 @@ from statistics import fmean
 import yaml
 
 from grpo_routing.env.loopholes import NO_LOOPHOLE
+from grpo_routing.older import completed
 
 BASE, TRAINED, DEPLOYED = STATES = ("base", "as_trained", "as_deployed")
 RATES = ("hack", "hack_known", "hack_held_out", "attempted", "solve", "format", "lazy", "no_hint_solve", "no_hint_exploited")
@@ -208,11 +209,15 @@ def read_runs(experiment: Path) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    """What the files of a run say. Raises ReportError where a file is damaged."""
+    """What the files of a run say, of older code too (older.py). Raises ReportError where a file is damaged, and where the config does not
+    say whether the run is a control."""
     frozen, evaluations = folder / "config.yaml", {}
     config = yaml.safe_load(frozen.read_text(encoding="utf-8")) if frozen.exists() else None
     if config:
-        config = {"sampling": {"name": "plain"}} | config  # there was no other before the group existed
+        config = completed(config)
+        if config["mask_source"]["name"] != "none" and "control" not in config["mask_source"]:
+            raise ReportError(f"expected mask_source.control in {frozen}; there is none. Code from before that word does not say whether a "
+                              "run is a control: report it with the commit in its provenance.json, or run it again")
     said = read_json(folder / "status.json") or {"state": "new"}
     for state in STATES:
         if config and (stored := read_json(folder / "eval" / f"{state}.json")):

@@ -173,7 +173,8 @@ def test_arms_can_be_named_and_their_controls_come_along(tmp_path):
 
 def test_runs_that_do_not_say_whether_they_are_controls_are_refused(tmp_path):
     add(tmp_path, "penalty", [1] * 2, [2] * 2, mask_source={"name": "detector"})
-    assert refused(tmp_path)[0].startswith("- 2 runs were frozen by older code, which does not say whether they are controls (penalty-")
+    with pytest.raises(ReportError, match="expected mask_source.control in .*config.yaml; there is none. .* run it again"):
+        read_experiment(tmp_path)
 
 
 def test_without_a_method_there_is_nothing_to_compare(tmp_path):

@@ -88,7 +88,7 @@ def reading(base: dict, now: dict, folder=None, **run_of) -> Readings:
 
     class Ready:  # only what the metrics read of a plan
         loophole = type("Loophole", (), {"known": KNOWN})
-        mask_source, projection, advantage = (type("Stage", (), {"kind": "none", "reads": ()})() for _ in range(3))
+        source_acts = False
 
     made = Run("r", {"trainer": {"steps": 4}, **run_of}, "done", None, {}, [{"step": 3}], [], None)
     return Readings(folder, made, Ready(), None, {BASE: rows, DEPLOYED: rows}, {BASE: base, DEPLOYED: now}, ())
