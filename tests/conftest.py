@@ -21,6 +21,14 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 SMOKE = ("model=tiny_random", "trainer=smoke", "evaluation=smoke")
 
 
+LONG = ("test_resume", "test_wall", "test_launchers", "test_docs")  # files that take minutes, few tests each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: a worker that meets one at the end works alone for minutes."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("cache"))

@@ -304,8 +304,8 @@ ATTACKS = {
     "quit in the method": ("class Solution:\n  def add(self, a, b):\n    raise SystemExit(0)", "exited"),
     "os._exit in the method": ("import os\nclass Solution:\n  def add(self, a, b):\n    os._exit(0)", "exited"),
     "os._exit in run_tests": (HONEST + "import os\ndef run_tests(): os._exit(0)", "exited"),
-    "memory bomb": ("x = [0]\nwhile True: x = x + x", "memory"),
-    "memory bomb kept": ("class Solution:\n  def add(self, a, b):\n    global x\n    x = []\n    while True: x.append(bytearray(1 << 16))", "memory"),
+    "memory bomb": ("x = [0]\nwhile True: x = x + x", "memory timeout"),  # a busy machine hands out pages slowly
+    "memory bomb kept": ("class Solution:\n  def add(self, a, b):\n    global x\n    x = []\n    while True: x.append(bytearray(1 << 16))", "memory timeout"),
     "one big block": ("x = bytearray(1 << 40)", "memory"),
     "gigabyte of output": ("import sys\nfor _ in range(1024): sys.stdout.write('x' * (1 << 20))", "output_limit"),
     "gigabyte of raw output": ("import os\nx = b'x' * (1 << 20)\nfor _ in range(1024): os.write(1, x)", "output_limit"),
