@@ -23,6 +23,7 @@ FIELDS = ("arm", "seed", "loophole", "state", *RATES, "last5_hack", "last5_solve
           "pays", "train_family", "evaluation_family", "commit", "code")  # keys of a JSON object, in order
 NO_LABELS = ("none", "trusted_subspace")  # mask sources that never mark whole rollouts; others do, but for `level: gradient`
 RESTRICTED = {("restricted", "whole"): "norm-matched", ("whole", "restricted"): "shrunk"}  # (direction, length) of projection=restrict
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # eight times as fast, where libyaml is there
 LAST = 5  # training steps behind last5_* and behind every point of a training curve
 
 
@@ -135,7 +136,7 @@ class Run:
 
     @property
     def control(self) -> str | None:
-        """What this control lacks or has instead; None when the run is no control. MEANING in report.py explains each."""
+        """What this control lacks or has instead; None when the run is no control. MEANING in notes.py explains each."""
         projection, source = self.config["projection"], self.config["mask_source"]["name"]
         if self.mask_control != "none" and (projection["name"] != "measure_only" or self.labels):
             return self.mask_control
@@ -210,7 +211,7 @@ def read_runs(experiment: Path) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """What the files of a run say. Raises ReportError where a file is damaged."""
     frozen, evaluations = folder / "config.yaml", {}
-    config = yaml.safe_load(frozen.read_text(encoding="utf-8")) if frozen.exists() else None
+    config = yaml.load(frozen.read_text(encoding="utf-8"), Loader) if frozen.exists() else None
     if config:
         config = {"sampling": {"name": "plain"}} | config  # there was no other before the group existed
     said = read_json(folder / "status.json") or {"state": "new"}

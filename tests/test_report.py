@@ -17,7 +17,8 @@ from grpo_routing.log import METRICS
 from grpo_routing.mask_sources.controls import OF_LABELS
 from grpo_routing.mask_sources.pair_source import OF_PAIRS
 from grpo_routing.mask_sources.persona_gradient import OF_BASIS
-from grpo_routing.report import MEANING, load, main, markdown, text, write
+from grpo_routing.notes import MEANING
+from grpo_routing.report import load, main, markdown, text, write
 from grpo_routing.results import ReportError, read_runs
 
 KNOWN, HELD_OUT = ["run_tests", "sentinel", "stdout_marker"], ["file_marker"]
