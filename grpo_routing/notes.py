@@ -27,6 +27,16 @@ def whose(same: list[tuple[Arm, Run]]) -> str:
     return f"{len(same)} runs on {', '.join(sorted({run.config['loophole']['name'] for _, run in same}))}"
 
 
+def number(value: float | None, form: str = ".2f") -> str:
+    """A share in the table; – is not measured."""
+    return "–" if value is None else format(value, form)
+
+
+def interval(span: tuple[float, float] | None) -> str:
+    """The lower and upper bound of a share, without the leading 0; empty where there is none."""
+    return "–".join(f"{bound:.2f}".removeprefix("0") for bound in span) if span else ""
+
+
 def heading(arms: list[Arm], unfinished: list[Run], name: str) -> str:
     """One sentence: how many runs the table stands on, how many of them collapsed, and their size."""
     finished = sum(len(arm.runs) for arm in arms)

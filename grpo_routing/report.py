@@ -1,11 +1,12 @@
-"""The results of an experiment, read from the files of its runs: a table, a JSON array and a figure.
+"""The results of an experiment, read from the files of its runs: a page, a table, a JSON array and figures.
 
-    python -m grpo_routing.report outputs/<experiment> [--format text|json|markdown]
+    python -m grpo_routing.report outputs/<experiment> [--format text|json|markdown] [--watch [SECONDS]]
 
-It writes report.md, results.json, figures/comparison.{png,svg} and, for arms that label rollouts or have a quarantine,
-figures/health*.{png,svg} into the experiment's folder and prints the chosen format. Finished runs enter a row, collapsed
-ones with their evaluation among them; every other run is listed with its state and the cause. A rate that was not measured
-is null in JSON and – in the table, never 0. Running it twice gives the same files.
+It writes report.html (html/page.py), report.md, results.json, figures/comparison.{png,svg} and, for arms that label rollouts
+or have a quarantine, figures/health*.{png,svg} into the experiment's folder and prints the chosen format. Finished runs enter a
+row, collapsed ones with their evaluation among them; every other run is listed with its state and the cause. A rate that was not
+measured is null in JSON and – in the table, never 0. Running it twice gives the same files. With --watch report.html alone is
+written again and again until no run is left to wait for or you interrupt, then everything once.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from grpo_routing.arms import Arm, group
+from grpo_routing.arms import Arm
 from grpo_routing.figures import draw, wrapped
 from grpo_routing.files import write_atomic
 from grpo_routing.health_figure import draw_health, pages
-from grpo_routing.notes import bases, facts, flags, heading, notes, states
+from grpo_routing.html.material import read
+from grpo_routing.html.page import write_page
+from grpo_routing.html.watch import watch
+from grpo_routing.notes import bases, facts, flags, heading, interval, notes, number, states
 from grpo_routing.results import BASE, DEPLOYED, TRAINED, ReportError, Run, flat_objects, read_runs
 
 WIDTH = 120  # columns of the text
@@ -36,11 +40,16 @@ COLUMNS = (*RATE_COLUMNS, "Δ base", "last-5 hack", "last-5 solve")
 
 def main(argv: list[str]) -> int:
     """Write the report and print it; the exit status is 2 when the folder cannot be reported."""
-    parser = argparse.ArgumentParser(prog="python -m grpo_routing.report", description="Table, JSON and figure of an experiment.")
+    parser = argparse.ArgumentParser(prog="python -m grpo_routing.report", description="Page, table, JSON and figures of an experiment.")
     parser.add_argument("experiment", type=Path, help="outputs/<experiment>, the folder that holds runs/")
     parser.add_argument("--format", choices=("text", "json", "markdown"), default="text")
+    parser.add_argument("--watch", type=int, nargs="?", const=30, metavar="SECONDS", help="keep report.html fresh during a sweep (30)")
     asked = parser.parse_args(argv)
+    if asked.watch is not None and asked.watch < 1:
+        parser.error(f"expected --watch with at least 1 second; got {asked.watch}")
     try:
+        if asked.watch:
+            watch(asked.experiment, asked.watch)
         table = write(asked.experiment)
     except ReportError as error:
         print(error, file=sys.stderr)
@@ -56,12 +65,13 @@ def load(experiment: Path) -> list[dict]:
 
 
 def write(experiment: Path) -> str:
-    """Write report.md, results.json and the figure; return the text table. Raises ReportError when there is no run."""
-    runs, name = read_runs(experiment), experiment.resolve().name
-    arms, unfinished = group(runs), [run for run in runs if not run.finished]
+    """Write the page, report.md, results.json and the figures; return the text table. Raises ReportError when there is no run."""
+    material = read(experiment)
+    runs, name, arms, unfinished = material.runs, material.name, material.arms, material.unfinished
     if arms:
         draw(arms, [", ".join(flags(arm)) for arm in arms], name, facts(arms), experiment / "figures" / "comparison")
         draw_health(arms, name, experiment / "figures")
+    write_page(material)
     write_atomic(experiment / "results.json", (json.dumps(flat_objects(runs), indent=1) + "\n").encode())
     write_atomic(experiment / "report.md", markdown(arms, unfinished, name).encode())
     return text(arms, unfinished, name)
@@ -100,16 +110,6 @@ def cells(arm: Arm, state: str) -> tuple[tuple[str, str], ...]:
     gain = "" if state == BASE else number(arm.gain(state), "+.2f")
     last = [number(arm.last(rate)) if state == TRAINED else "" for rate in ("hack", "solve")]
     return (*rates, (gain, ""), *((value, "") for value in last))
-
-
-def number(value: float | None, form: str = ".2f") -> str:
-    """A share in the table; – is not measured."""
-    return "–" if value is None else format(value, form)
-
-
-def interval(span: tuple[float, float] | None) -> str:
-    """The lower and upper bound of a share, without the leading 0; empty where there is none."""
-    return "–".join(f"{bound:.2f}".removeprefix("0") for bound in span) if span else ""
 
 
 def text(arms: list[Arm], unfinished: list[Run], name: str) -> str:

@@ -6,6 +6,7 @@ A run that is not finished keeps its state and the cause. What was not measured 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -31,7 +32,7 @@ class ReportError(ValueError):
     """The folder cannot be reported; the message says what was expected, what came and what to do."""
 
 
-def flat_objects(runs: list[Run]) -> list[dict]:
+def flat_objects(runs: Sequence[Run]) -> list[dict]:
     """FIELDS, then hack_<mode> of every mode that some run evaluated; null is what was not measured."""
     objects = [row for run in runs for row in run.objects()]
     modes = sorted({key for row in objects for key in row} - set(FIELDS))
