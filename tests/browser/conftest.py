@@ -26,8 +26,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """visit(file, width=1280, **context options) -> the loaded page; at the end of the test it must have complained of nothing and asked for
-    nothing but its own file."""
+    """visit(file, width=1280, **context options) -> the loaded page; at the end of the test it must have complained of nothing and asked
+    for nothing but its own file."""
     opened, heard = [], []
 
     def go(file: Path, width: int = 1280, **options: object) -> Page:

@@ -1,4 +1,4 @@
-"""report.html as its reader has it: on a desk, on a phone, in the dark, by keyboard, on paper, without scripts, with 300 runs and with none."""
+"""report.html as its reader has it: desk, phone and paper, in the dark, by keyboard, without scripts, with 300 runs and with none."""
 
 from __future__ import annotations
 
@@ -177,5 +177,6 @@ def test_an_experiment_without_a_finished_run_opens(visit: Callable, tmp_path: P
 def test_a_watched_page_reloads_itself(visit: Callable, tmp_path: Path) -> None:
     make_run(tmp_path / "x", config("vanilla", reward=REWARD), status={"state": "running"}, steps=2)
     page = visit(write_page(read(tmp_path / "x"), refresh=1))
-    page.evaluate("window.first = true")
-    page.wait_for_function("window.first === undefined", timeout=60_000)
+    with page.expect_event("load", timeout=60_000):
+        page.evaluate("window.first = true")
+    assert page.evaluate("window.first") is None
