@@ -496,7 +496,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.Capture
 def test_running_twice_gives_identical_files(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla", 0))
     make_run(tmp_path, config("vanilla", 1), status={"state": "failed", "error": "boom"}, steps=2)
-    names = ("report.md", "results.json", "figures/comparison.png", "figures/comparison.svg")
+    names = ("report.html", "report.md", "results.json", "figures/comparison.png", "figures/comparison.svg")
     first = write(tmp_path), [(tmp_path / name).read_bytes() for name in names]
     assert (write(tmp_path), [(tmp_path / name).read_bytes() for name in names]) == first
     made = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file() and "runs" not in file.parts}
