@@ -1,5 +1,6 @@
 # `make` alone prints this menu. Every target makes the virtual environment when it is missing.
 .DEFAULT_GOAL := help
+X ?= outputs/first
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTHON3 ?= python3
@@ -27,6 +28,12 @@ test-slow: $(VENV)/ready  ## the tests that train for minutes
 
 slurm-test: $(VENV)/ready  ## sweeps through a real one-machine SLURM cluster, which root installs when it is missing (10 to 20 minutes)
 	$(PYTHON) -m pytest -m slurm -n 0 tests/slurm
+
+browser-test: $(VENV)/ready  ## report.html in a headless Chromium, which root installs when it is missing (some minutes)
+	$(PYTHON) -m pytest -m browser -n 0 tests/browser
+
+report: $(VENV)/ready  ## page, table and figures of an experiment: make report X=outputs/first
+	$(PYTHON) -m grpo_routing.report $(X)
 
 smoke: $(VENV)/ready  ## every stage once, in seconds, with an untrained model
 	$(PYTHON) -m grpo_routing model=tiny_random trainer=smoke evaluation=smoke arm=erase experiment_name=smoke
@@ -67,4 +74,4 @@ bench-sweep: $(VENV)/ready  ## planning, and asking after, a sweep of a thousand
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow slurm-test smoke routing sources baselines check bench bench-grader bench-gradient bench-sweep lint
+.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines check bench bench-grader bench-gradient bench-sweep lint

@@ -90,11 +90,16 @@ class Arm:
 
 
 def average(curves: list[list[float | None]]) -> list[float | None]:
-    """Mean over seeds per step. The curve of a seed that collapsed goes on at its last value: it would not have been trained
+    """Mean over seeds per step."""
+    return [mean(values) for values in carried(curves)]
+
+
+def carried(curves: list[list[float | None]]) -> list[list[float | None]]:
+    """The seeds' values per step. The curve of a seed that collapsed goes on at its last value: it would not have been trained
     any further, and a mean of the survivors alone would look healthy."""
     longest = max(map(len, curves))
     whole = [curve + curve[-1:] * (longest - len(curve)) for curve in curves]
-    return [mean([curve[step] for curve in whole if curve]) for step in range(longest)]
+    return [[curve[step] for curve in whole if curve] for step in range(longest)]
 
 
 def group(runs: list[Run]) -> list[Arm]:

@@ -6,6 +6,7 @@ A run that is not finished keeps its state and the cause. What was not measured 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +25,7 @@ FIELDS = ("arm", "seed", "loophole", "state", *RATES, "last5_hack", "last5_solve
           "pays", "train_family", "evaluation_family", "commit", "code")  # keys of a JSON object, in order
 NO_LABELS = ("none", "trusted_subspace")  # mask sources that never mark whole rollouts; others do, but for `level: gradient`
 RESTRICTED = {("restricted", "whole"): "norm-matched", ("whole", "restricted"): "shrunk"}  # (direction, length) of projection=restrict
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # eight times as fast, where libyaml is there
 LAST = 5  # training steps behind last5_* and behind every point of a training curve
 
 
@@ -31,7 +33,7 @@ class ReportError(ValueError):
     """The folder cannot be reported; the message says what was expected, what came and what to do."""
 
 
-def flat_objects(runs: list[Run]) -> list[dict]:
+def flat_objects(runs: Sequence[Run]) -> list[dict]:
     """FIELDS, then hack_<mode> of every mode that some run evaluated; null is what was not measured."""
     objects = [row for run in runs for row in run.objects()]
     modes = sorted({key for row in objects for key in row} - set(FIELDS))
@@ -136,7 +138,7 @@ class Run:
 
     @property
     def control(self) -> str | None:
-        """What this control lacks or has instead; None when the run is no control. MEANING in report.py explains each."""
+        """What this control lacks or has instead; None when the run is no control. MEANING in notes.py explains each."""
         projection, source = self.config["projection"], self.config["mask_source"]["name"]
         if self.mask_control != "none" and (projection["name"] != "measure_only" or self.labels):
             return self.mask_control
@@ -212,7 +214,7 @@ def read_run(folder: Path) -> Run:
     """What the files of a run say, of older code too (older.py). Raises ReportError where a file is damaged, and where the config does not
     say whether the run is a control."""
     frozen, evaluations = folder / "config.yaml", {}
-    config = yaml.safe_load(frozen.read_text(encoding="utf-8")) if frozen.exists() else None
+    config = yaml.load(frozen.read_text(encoding="utf-8"), Loader) if frozen.exists() else None
     if config:
         config = completed(config)
         if config["mask_source"]["name"] != "none" and "control" not in config["mask_source"]:

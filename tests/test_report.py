@@ -17,7 +17,8 @@ from grpo_routing.log import METRICS
 from grpo_routing.mask_sources.controls import OF_LABELS
 from grpo_routing.mask_sources.pair_source import OF_PAIRS
 from grpo_routing.mask_sources.persona_gradient import OF_BASIS
-from grpo_routing.report import MEANING, load, main, markdown, text, write
+from grpo_routing.notes import MEANING
+from grpo_routing.report import load, main, markdown, text, write
 from grpo_routing.results import ReportError, read_runs
 
 KNOWN, HELD_OUT = ["run_tests", "sentinel", "stdout_marker"], ["file_marker"]
@@ -495,7 +496,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.Capture
 def test_running_twice_gives_identical_files(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla", 0))
     make_run(tmp_path, config("vanilla", 1), status={"state": "failed", "error": "boom"}, steps=2)
-    names = ("report.md", "results.json", "figures/comparison.png", "figures/comparison.svg")
+    names = ("report.html", "report.md", "results.json", "figures/comparison.png", "figures/comparison.svg")
     first = write(tmp_path), [(tmp_path / name).read_bytes() for name in names]
     assert (write(tmp_path), [(tmp_path / name).read_bytes() for name in names]) == first
     made = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file() and "runs" not in file.parts}
