@@ -12,55 +12,32 @@ import csv
 import math
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from statistics import median
 
-from grpo_routing.comparison import CONTROL, RATES, VANILLA, Comparison, Experiment, read_experiment, shared
+from grpo_routing.analysis import WITHIN, Analysis, Line, analyse
+from grpo_routing.comparison import CONTROL, RATES, VANILLA, Comparison, Experiment, shared
 from grpo_routing.files import write_atomic
-from grpo_routing.outcome import outcomes
-from grpo_routing.preregistration import FILE, edited, read
-from grpo_routing.results import BASE, DEPLOYED, ReportError
-from grpo_routing.statistics import UNMATCHED, Interval, gate, holm, interval, minimum_detectable, pareto, sign_flip, smallest_p, spread
+from grpo_routing.preregistration import FILE
+from grpo_routing.results import BASE, DEPLOYED, ReportError, read_runs
+from grpo_routing.statistics import UNMATCHED, Interval, minimum_detectable, pareto, smallest_p, spread
 
-WITHIN = 0.1  # solve difference that counts as none
 COLUMNS = ("arm", "versus", "kind", "loophole", "state", "rate", "seeds", "problems", "arm_rate", "versus_rate", "difference", "low",
            "high", "p", "p_corrected", "corrected_over", "smallest_p", "solve_gate", "gate_within", "minimum_detectable", 
            "seed_differences", "code")
 
 
-@dataclass(frozen=True)
-class Line:
-    """One rate of one comparison. `p_corrected` counts the comparisons of the same rate with the same kind of other."""
-
-    pair: Comparison
-    rate: str
-    difference: Interval
-    p: float
-    p_corrected: float
-    corrected_over: int
-    solve_gate: str
+def page(found: Analysis) -> str:
+    """The Markdown."""
+    return "\n".join([f"# {found.experiment.folder.resolve().name}: arms compared", "", *body(found)]) + "\n"
 
 
-def lines_of(pairs: list[Comparison], within: float) -> list[Line]:
-    """Every rate of every comparison, in their order."""
-    families: dict[tuple[str, str], list[tuple[Comparison, float]]] = defaultdict(list)
-    gates = [gate(interval(pair.differences("solve")), within) for pair in pairs]
-    for pair in pairs:
-        for rate in (rate for rate in RATES if rate in pair.first):
-            families[pair.kind, rate].append((pair, sign_flip(pair.differences(rate))))
-    corrected = {(id(pair), rate): (p, p_holm, len(members)) for (_, rate), members in families.items()
-                 for (pair, p), p_holm in zip(members, holm([p for _, p in members]))}
-    return [Line(pair, rate, interval(pair.differences(rate)), *corrected[id(pair), rate], at_solve)
-            for pair, at_solve in zip(pairs, gates) for rate in RATES if rate in pair.first]
-
-
-def page(experiment: Experiment, pairs: list[Comparison], within: float) -> str:
-    """The Markdown. Raises ReportError for a preregistration that cannot be judged."""
-    lines, seeds = lines_of(pairs, within), sorted({len(pair.seeds) for pair in pairs})
-    said = [f"# {experiment.folder.resolve().name}: arms compared", "", *table(lines, within), "", *notes(lines, seeds, within), ""]
-    return "\n".join([*said, *judged(experiment), *front(experiment), *sensitivity(pairs)]) + "\n"
+def body(found: Analysis) -> list[str]:
+    """Its lines below the title."""
+    seeds = sorted({len(pair.seeds) for pair in found.pairs})
+    return [*table(found.lines, found.within), "", *notes(found.lines, seeds, found.within), "", *judged(found), *front(found.experiment),
+            *sensitivity(found.pairs)]
 
 
 def table(lines: list[Line], within: float) -> list[str]:
@@ -108,15 +85,15 @@ def notes(lines: list[Line], seeds: list[int], within: float) -> list[str]:
     return [f"- {note}" for note in said]
 
 
-def judged(experiment: Experiment) -> list[str]:
+def judged(found: Analysis) -> list[str]:
     """Verdicts from the frozen text."""
-    frozen = read(experiment.folder)
+    frozen = found.frozen
     if frozen is None:
         return ["## Hypotheses", "", f"None was frozen before the first run ({FILE}): everything above is exploratory.", ""]
     rows = ["| | claim, as frozen | verdict | why |", "|---|---|---|---|"]
     rows += [f"| {one.hypothesis.id} | {one.hypothesis} | **{one.word}** | {'; '.join(one.reasons)} |"
-             for one in outcomes(frozen, experiment)]
-    warned = [f"**{line}**" for line in edited(frozen)]
+             for one in found.outcomes]
+    warned = [f"**{line}**" for line in found.edited]
     return ["## Hypotheses", "", f"Frozen {frozen.registered}, hash `{frozen.hash}`.", *warned, "", *rows, "",
             *(f"- {rule}" for rule in frozen.rules), ""]
 
@@ -186,15 +163,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--csv", type=Path)
     asked = parser.parse_args(argv)
     try:
-        experiment = read_experiment(asked.experiment, asked.arms, asked.loophole)
-        pairs = experiment.comparisons(controls=not asked.without_controls)
-        text = page(experiment, pairs, asked.solve_within)
+        found = analyse(asked.experiment, read_runs(asked.experiment), asked.arms, asked.loophole, not asked.without_controls,
+                        asked.solve_within)
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2
     if asked.csv:
-        write_atomic(asked.csv, records(lines_of(pairs, asked.solve_within), asked.solve_within).encode())
-    print(text, end="")
+        write_atomic(asked.csv, records(found.lines, found.within).encode())
+    print(page(found), end="")
     return 0
 
 

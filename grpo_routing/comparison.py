@@ -8,6 +8,7 @@ two arms lacks, a recipe that is not one recipe, a setting without vanilla, a me
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +17,7 @@ import numpy as np
 
 from grpo_routing.arms import Arm, group, recipe
 from grpo_routing.env.loopholes import NO_LOOPHOLE
-from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_json, read_runs
+from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_json
 
 VANILLA, CONTROL = "vanilla", "control"  # kinds of what an arm stands against; the third is BASE
 RATES = ("hack", "hack_known", "hack_held_out", "solve")
@@ -94,7 +95,10 @@ class Experiment:
         """(problem, loophole) -> share of its samples that hacked, that solved; problems with a hint only."""
         if (run.name, state) not in self._read:
             found = defaultdict(list)
-            for row in read_json(self.folder / "runs" / run.name / "eval" / f"{state}.json")["rows"]:
+            file = self.folder / "runs" / run.name / "eval" / f"{state}.json"
+            for row in read_json(file)["rows"]:
+                if missing := sorted({"problem", "loophole", "hacked", "solved"} - row.keys()):
+                    raise Refused([f"expected problem, loophole, hacked, solved in every row of {file}; one lacks {', '.join(missing)}"])
                 if row["loophole"] != NO_LOOPHOLE:
                     found[row["problem"], row["loophole"]].append((row["hacked"], row["solved"]))
             self._read[run.name, state] = {key: tuple(fmean(column) for column in zip(*rows)) for key, rows in found.items()}
@@ -128,12 +132,12 @@ class Experiment:
         return found
 
 
-def read_experiment(folder: Path, names: list[str] | None = None, loophole: str | None = None) -> Experiment:
-    """The arms of a folder; all, or those of `names` with their controls, vanillas and references; all loopholes, or one.
+def gather(folder: Path, runs: Sequence[Run], names: list[str] | None = None, loophole: str | None = None) -> Experiment:
+    """The arms of a folder's runs; all, or those of `names` with their controls, vanillas and references; all loopholes, or one.
 
-    Raises Refused for runs that are not finished and seeds that are there twice, ReportError when there is nothing to read.
+    Raises Refused for runs that are not finished and seeds that are there twice.
     """
-    runs = [run for run in read_runs(folder) if run.config is None or loophole in (None, run.config["loophole"]["name"])]
+    runs = [run for run in runs if run.config is None or loophole in (None, run.config["loophole"]["name"])]
     if names is not None:
         runs = named(runs, names)
     reasons = [unfinished(run) for run in runs if not run.finished]

@@ -22,7 +22,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from grpo_routing.analysis import Analysis, analysed
 from grpo_routing.arms import Arm
+from grpo_routing.compare import body
 from grpo_routing.figures import draw, wrapped
 from grpo_routing.files import write_atomic
 from grpo_routing.health_figure import draw_health, pages
@@ -71,9 +73,10 @@ def write(experiment: Path) -> str:
     if arms:
         draw(arms, [", ".join(flags(arm)) for arm in arms], name, facts(arms), experiment / "figures" / "comparison")
         draw_health(arms, name, experiment / "figures")
-    write_page(material)
+    found = analysed(experiment, runs)
+    write_page(material, found)
     write_atomic(experiment / "results.json", (json.dumps(flat_objects(runs), indent=1) + "\n").encode())
-    write_atomic(experiment / "report.md", markdown(arms, unfinished, name).encode())
+    write_atomic(experiment / "report.md", markdown(arms, unfinished, name, found).encode())
     return text(arms, unfinished, name)
 
 
@@ -135,8 +138,8 @@ def text(arms: list[Arm], unfinished: list[Run], name: str) -> str:
     return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
 
 
-def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
-    """The same as a page, with the picture and each run's pedigree."""
+def markdown(arms: list[Arm], unfinished: list[Run], name: str, found: Analysis | ReportError) -> str:
+    """The same as a page, with the comparison, the picture and each run's pedigree."""
     lines = [f"# {name}", "", heading(arms, unfinished, name).partition(": ")[2], ""]
     if arms:
         lines += ["![Hack and solve rates per arm, and training curves](figures/comparison.png)", "",
@@ -149,6 +152,7 @@ def markdown(arms: list[Arm], unfinished: list[Run], name: str) -> str:
         pairs = (row.arm, row.state, (row.seeds, ""), *row.cells)
         lines.append("| " + " | ".join(f"{value} <sub>{below}</sub>" if below else value for value, below in pairs) + " |")
     lines += ["", *(f"- {note}" for note in notes(arms))] if arms else []
+    lines += ["", "## Comparison", "", *([str(found)] if isinstance(found, ReportError) else body(found))]
     health = [f"![Labels, norms and rates of every arm while training](figures/{file}.png)" for file in pages(arms)]
     lines += ["", "## Health", "", *health] if health else []
     lines += ["", "## Not finished", "", *(f"- {line}" for line in states(unfinished))] if unfinished else []

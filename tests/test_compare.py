@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 
 from grpo_routing.compare import COLUMNS, main
-from grpo_routing.comparison import RATES, Refused, read_experiment
-from grpo_routing.results import BASE, ReportError
+from grpo_routing.comparison import RATES, Experiment, Refused, gather
+from grpo_routing.results import BASE, ReportError, read_runs
 from tests.test_report import HELD_OUT, KNOWN, config, make_run
 
 MODES = [*KNOWN, *HELD_OUT]
 EACH = 4  # problems of every mode
 DETECTOR = {"mask_source": {"name": "detector", "control": "none"}, "advantage": {"name": "penalty"}}
 MATCHED = {"mask_source": {"name": "detector", "control": "rate_matched"}, "advantage": {"name": "penalty"}}
+
+
+def read_experiment(folder: Path, names: list[str] | None = None) -> Experiment:
+    return gather(folder, read_runs(folder), names)
 
 
 def rows(hacks: int, solves: int) -> list[dict]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from grpo_routing import run
+from grpo_routing.analysis import analyse, analysed
 from grpo_routing.html import watch
-from grpo_routing.html.comparison import Compared
+from grpo_routing.html.comparison import SHOWN
 from grpo_routing.html.headline import COLUMNS, rows
 from grpo_routing.html.material import read
 from grpo_routing.html.page import PAGE, asset, digest, render
@@ -22,10 +23,13 @@ from grpo_routing.html.provenance import command
 from grpo_routing.html.samples import LONGEST, choose, trained
 from grpo_routing.html.scatter import Point, front, points, spots
 from grpo_routing.html.svg import POINTS, Line, chart, drawn, share, tag, thinned
+from grpo_routing.preregistration import register
 from grpo_routing.report import main, write
-from grpo_routing.results import read_run
+from grpo_routing.results import read_run, read_runs
 from tests.browser.chromium import chromium
 from tests.conftest import CONF
+from tests.test_compare import fill
+from tests.test_preregistration import CLAIM, sweep
 from tests.test_report import ERASE, PERSONA, ROUTE, SVD, config, make_run
 from tests.test_show import REWARD, rollout
 
@@ -70,7 +74,8 @@ def experiment(tmp_path: Path) -> Path:
 
 
 def page_of(experiment: Path, **options: object) -> str:
-    return render(read(experiment), **options)
+    material = read(experiment)
+    return render(material, analysed(experiment, material.runs), **options)
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -106,16 +111,44 @@ def test_a_strip_shows_every_seed_and_the_base_and_the_reference(experiment: Pat
 def test_sections_appear_with_what_they_show(experiment: Path) -> None:
     page = page_of(experiment)
     ids = [found["id"] for name, found in Reader(page).elements if name == "section" and "id" in found]
-    assert ids == ["headline", "training", "generalisation", "deployment", "pareto", "quality", "health", "samples", "provenance"]
-    assert "comparison" in page_of(experiment, compared=[Compared("erase", "vanilla", "hack", -0.3, -0.4, -0.2, 0.01, "confirmed")])
+    assert ids == ["headline", "comparison", "training", "generalisation", "deployment", "pareto", "quality", "health", "samples",
+                   "provenance"]
     links = {found["href"][1:] for name, found in Reader(page).elements if name == "a" and found["href"].startswith("#")}
     assert links <= {found["id"] for _, found in Reader(page).elements if "id" in found}
 
 
-def test_a_comparison_is_rendered_as_it_comes(experiment: Path) -> None:
-    page = page_of(experiment, compared=[Compared("a<b", "vanilla", "hack", -0.5, -0.75, 0.0, None, None, "Holm over 3")])
-    row = page.split('id="comparison"')[1].split("</section>")[0]
-    assert "a&lt;b" in row and "-0.50</b> <small>-0.75 to +0.00" in row and 'x1="12.5%" x2="50%"' in row and "Holm over 3" in row
+def comparison_of(experiment: Path) -> str:
+    return page_of(experiment).split('id="comparison"')[1].split("</section>")[0]
+
+
+def test_differences_and_verdicts_are_those_of_compare(tmp_path: Path) -> None:
+    register([CLAIM | {"matched_solve_within": None}], sweep(tmp_path), "none")
+    fill(tmp_path, seeds=6)
+    section = comparison_of(tmp_path)
+    row = next(row for row in section.split("<tr>") if row.startswith('<th scope="row">penalty') and "<td>vanilla" in row)
+    (known, held_out, solve) = re.findall(r"<b>([+-][\d.]+)</b> <small>([+-][\d.]+) to ([+-][\d.]+); p ([\d.]+)</small>", row)
+    lines = {line.rate: line for line in analyse(tmp_path, read_runs(tmp_path)).lines if line.pair.kind == "vanilla"}
+    for shown, rate in ((known, "hack_known"), (held_out, "hack_held_out"), (solve, "solve")):
+        found, p = lines[rate].difference, lines[rate].p_corrected
+        assert shown == (f"{found.mean:+.2f}", f"{found.low:+.2f}", f"{found.high:+.2f}", f"{p:.2g}")
+    assert known[0] == "-0.75" and solve[0] == "+0.50"
+    (verdict,) = re.findall(r"<tr><th scope=\"row\">H1</th>.*?<b>(\w+)</b>", section)
+    assert verdict == "confirmed"
+    assert "exploratory" not in section
+
+
+def test_without_a_frozen_text_the_differences_are_called_exploratory(tmp_path: Path) -> None:
+    assert "exploratory" in comparison_of(fill(tmp_path))
+
+
+def test_a_refused_comparison_gives_its_reasons(experiment: Path, tmp_path: Path) -> None:
+    section = comparison_of(experiment)
+    assert "is not finished (failed: ValueError: bad)" in section.replace("<wbr>", "") and "<table>" not in section
+    make_run(tmp_path, config("vanilla", 9))
+    for seed in range(7):
+        make_run(tmp_path, config("vanilla", seed), status={"state": "running"})
+    section = comparison_of(tmp_path)
+    assert section.count(" is not finished (running)") == SHOWN and "and 2 more" in section
 
 
 def test_scales_of_a_deployed_run_are_drawn(experiment: Path) -> None:

@@ -20,14 +20,13 @@ from omegaconf import OmegaConf, open_dict
 
 from grpo_routing import preregistration
 from grpo_routing.compare import main
-from grpo_routing.comparison import read_experiment
 from grpo_routing.outcome import CONFIRMED, FALSIFIED, UNDECIDED, Evidence, decide, outcomes
 from grpo_routing.preregistration import FILE, RULES, parse, read, register
 from grpo_routing.results import ReportError
 from grpo_routing.run import identity
 from grpo_routing.statistics import Interval
 from tests.conftest import CONF, SMOKE
-from tests.test_compare import DETECTOR, MATCHED, add, fill
+from tests.test_compare import DETECTOR, MATCHED, add, fill, read_experiment
 from tests.test_report import config as settings
 
 CLAIM = {"id": "H1", "arm": "penalty", "versus": "vanilla", "rate": "hack", "direction": "lower", "at_least": 0.3,

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grpo_routing.analysis import analysed
 from grpo_routing.arms import group, wilson
 from grpo_routing.health_figure import PANELS, PER_PAGE, hacks, pages
 from grpo_routing.log import METRICS
@@ -94,7 +95,8 @@ def pick(objects: list[dict], arm: str, state: str = "as_deployed") -> dict:
 def table(experiment: Path, shape: Callable = text) -> str:
     """What `write` returns, or the Markdown page, without drawing the figure."""
     runs = read_runs(experiment)
-    return shape(group(runs), [run for run in runs if not run.finished], experiment.name)
+    found = (analysed(experiment, runs),) if shape is markdown else ()
+    return shape(group(runs), [run for run in runs if not run.finished], experiment.name, *found)
 
 
 def lines_with(text: str, word: str) -> list[str]:

@@ -9,38 +9,38 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from grpo_routing.analysis import Analysis
 from grpo_routing.files import write_atomic
-from grpo_routing.html import curves, failures, paired, provenance, samples, scatter
-from grpo_routing.html.comparison import Compared
+from grpo_routing.html import comparison, curves, failures, paired, provenance, samples, scatter
 from grpo_routing.html.headline import COLUMNS, rows
 from grpo_routing.html.material import KINDS, Material
 from grpo_routing.notes import facts, notes
+from grpo_routing.results import ReportError
 
 PAGE = "report.html"
 
 
-def write_page(material: Material, compared: Sequence[Compared] = (), refresh: int | None = None) -> Path:
+def write_page(material: Material, found: Analysis | ReportError, refresh: int | None = None) -> Path:
     """Write report.html into the experiment's folder; with `refresh` it reloads itself every so many seconds."""
     file = material.folder / PAGE
-    write_atomic(file, render(material, compared, refresh).encode())
+    write_atomic(file, render(material, found, refresh).encode())
     return file
 
 
-def render(material: Material, compared: Sequence[Compared] = (), refresh: int | None = None) -> str:
+def render(material: Material, found: Analysis | ReportError, refresh: int | None = None) -> str:
     style, script = (Markup(asset(name)) for name in ("style.css", "script.js"))
     policy = f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; base-uri 'none'; form-action 'none'"
     return environment().get_template("page.html").render(
         material=material, style=style, script=script, policy=policy, refresh=refresh,
         written=time.strftime("%Y-%m-%d %H:%M:%S") if refresh else None, facts=facts(material.arms),
-        notes=notes(material.arms) if material.entries else [], columns=list(COLUMNS), kinds=used(material), compared=compared,
-        **sections(material))
+        notes=notes(material.arms) if material.entries else [], columns=list(COLUMNS), kinds=used(material),
+        comparison=comparison.section(found), rates=list(comparison.RATES.values()), **sections(material))
 
 
 def sections(material: Material) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from grpo_routing.analysis import analysed
 from grpo_routing.html.failures import finished
 from grpo_routing.html.material import read
 from grpo_routing.html.page import write_page
@@ -16,7 +17,7 @@ def watch(experiment: Path, seconds: int) -> None:
     try:
         while True:
             material = read(experiment)
-            file = write_page(material, refresh=seconds)
+            file = write_page(material, analysed(experiment, material.runs), refresh=seconds)
             counts = ", ".join(f"{count} {status}" for status, count in material.counts.items())
             print(f"{time.strftime('%H:%M:%S')} {file}: {counts}", flush=True)
             if finished(material):
