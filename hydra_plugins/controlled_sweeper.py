@@ -8,7 +8,8 @@ a sweep does that lacks the control of one (`mask_source.control` or `sampling.c
     refuse   ends with the list of what is missing
     none     runs what was asked for
 
-`hypotheses` are frozen with the plan, before the first run (grpo_routing/preregistration.py).
+`hypotheses` are frozen with the plan, before the first run (grpo_routing/preregistration.py). What so many seeds can find at the `spread`
+that is expected of a paired difference is said with it (grpo_routing/foresight.py).
 
 A launcher that has a `plan` (sweep_launcher.py) gets the planned runs and adds its own objections to the one list of errors.
 """
@@ -24,7 +25,8 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf import OmegaConf
 
 from grpo_routing.build import ConfigError, Plan, plan
-from grpo_routing.preregistration import register
+from grpo_routing.foresight import foreseen
+from grpo_routing.preregistration import parse, register
 from grpo_routing.results import ReportError
 from hydra_plugins.sweep_configs import Composed, compose_all
 
@@ -34,12 +36,13 @@ NAMES = ("arm_name", "experiment_name", "output", "cache", "logger")  # what two
 
 
 class ControlledSweeper(BasicSweeper):
-    def __init__(self, max_batch_size: int | None, controls: str, hypotheses: list, params: dict | None = None) -> None:
+    def __init__(self, max_batch_size: int | None, controls: str, hypotheses: list, spread: dict, params: dict | None = None) -> None:
         super().__init__(max_batch_size, params)
         if controls not in CHOICES:
             raise HydraException(f"hydra.sweeper.controls must be one of {', '.join(CHOICES)}; got {controls!r}")
         self.controls = controls
         self.hypotheses = OmegaConf.to_container(OmegaConf.create(list(hypotheses)), resolve=True)
+        self.spread = dict(spread)
 
     def split_arguments(self, overrides: list, max_batch_size: int | None) -> list[list[list[str]]]:
         """The jobs of the sweep, its controls included. Raises HydraException with everything that is wrong or missing."""
@@ -61,16 +64,17 @@ class ControlledSweeper(BasicSweeper):
             problems.append(f"the sweep lacks {len(missing)} controls; add them, or set hydra.sweeper.controls=add or none:\n{said}")
         if hasattr(self.launcher, "plan"):
             problems += self.launcher.plan(planned)
-        if self.hypotheses and not problems:
-            problems += self._register([one.config for one, _ in planned])
+        if not problems:
+            problems += self._say([one.config for one, _ in planned])
         if problems:
             raise CompactHydraException("the sweep was refused before its first run:\n" + "\n".join(problems))
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))
 
-    def _register(self, configs: list[dict]) -> list[str]:
-        """Freeze what the sweep claims, unless it is malformed or about what is not in it; what is wrong."""
+    def _say(self, configs: list[dict]) -> list[str]:
+        """Say what the sweep can find and freeze what it claims, unless that is malformed or about what is not in it; what is wrong."""
         try:
-            said = register(self.hypotheses, configs, self.config.hydra.runtime.choices["experiment"])
+            said = foreseen(configs, parse(self.hypotheses), self.spread)
+            said += register(self.hypotheses, configs, self.config.hydra.runtime.choices["experiment"]) if self.hypotheses else []
         except ReportError as error:
             return [str(error)]
         for line in said:
