@@ -92,7 +92,8 @@ def pairs(claim: Hypothesis, experiment: Experiment) -> tuple[Comparison, dict[s
 
 
 def one_of(arms: tuple[Arm, ...], name: str, claim: Hypothesis) -> Arm:
-    """By label, else by arm_name; a control that goes by its method's name is not meant."""
+    """By label, else by arm_name, on the claim's loophole; a control that goes by its method's name is not meant."""
+    arms = tuple(arm for arm in arms if claim.loophole in (None, arm.config["loophole"]["name"]))
     same = [arm for arm in arms if arm.config["arm_name"] == name]
     found = [arm for arm in arms if arm.label == name] or [arm for arm in same if arm.role != CONTROL] or same
     if len(found) != 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -37,7 +37,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One claim. Every clause has to be there; null says that it does not count."""
+    """One claim. Every clause has to be there, null says that it does not count; `loophole` is for sweeps over several, one claim each."""
 
     id: str
     arm: str  # its arm_name, or its label in the table
@@ -51,6 +51,7 @@ class Hypothesis:
     within_sem: float | None
     beats: tuple[str, ...]  # control words
     alpha: float | None
+    loophole: str | None = None  # its name, such as held_out_sentinel
 
     def __post_init__(self) -> None:
         if not 0 <= self.falsified_below <= self.at_least <= 1:
@@ -61,7 +62,8 @@ class Hypothesis:
             raise ValueError(f"hypothesis {self.id}: {', '.join(wrong)} must be above 0; write null to leave a clause out")
 
     def __str__(self) -> str:
-        said = [f"{self.arm} has a {self.direction} {self.rate} than {self.versus} by {self.at_least:g} or more",
+        said = [f"on {self.loophole}" if self.loophole else None,
+                f"{self.arm} has a {self.direction} {self.rate} than {self.versus} by {self.at_least:g} or more",
                 None if self.matched_solve_within is None else f"at solve ±{self.matched_solve_within:g}",
                 f"and beats {', '.join(self.beats)}" if self.beats else None,
                 None if self.alpha is None else f"at p ≤ {self.alpha:g}"]
@@ -88,7 +90,7 @@ def parse(texts: list[dict]) -> tuple[Hypothesis, ...]:
     for number, text in enumerate(texts, 1):
         name = f"hypothesis {text.get('id', number)}"
         faults = [f"{name}: {key} is no clause" for key in text if key not in fields]
-        faults += [f"{name}: {key} is missing" for key in fields if key not in text]
+        faults += [f"{name}: {key} is missing" for key, field in fields.items() if key not in text and field.default is MISSING]
         try:
             found += [] if faults else [TypeAdapter(Hypothesis).validate_python(text)]
         except ValidationError as error:
@@ -132,11 +134,13 @@ def register(texts: list[dict], configs: list[dict], source: str) -> list[str]:
 
 def unplanned(hypotheses: tuple[Hypothesis, ...], configs: list[dict]) -> list[str]:
     """Claims about arms and controls that are not in the sweep."""
-    arms = {config["arm_name"] for config in configs}
+    arms, loopholes = ({config["arm_name"] for config in configs}, {config["loophole"]["name"] for config in configs})
     groups = [config[group] for config in configs for group in ("mask_source", "sampling")]
     words = {own["control"] for own in groups if "control" in own} - {"none"}
     named = [(one.id, name) for one in hypotheses for name in (one.arm, one.versus) if name not in arms | {BASE}]
     missing = [f"hypothesis {place} is about {name!r}; this sweep has {', '.join(sorted(arms))}" for place, name in named]
+    missing += [f"hypothesis {one.id} is about the loophole {one.loophole!r}; this sweep has {', '.join(sorted(loopholes))}"
+                for one in hypotheses if one.loophole not in (None, *loopholes)]
     return missing + [f"hypothesis {one.id} wants to beat {word!r}; the controls of this sweep are {', '.join(sorted(words)) or 'none'}"
                       for one in hypotheses for word in one.beats if word not in words]
 

@@ -276,3 +276,18 @@ def test_claims_are_no_part_of_a_run(config):
     """They stand under hydra, which is taken off before a config is resolved, named or frozen."""
     plain, claiming = config("arm=erase"), config("arm=erase", "+hydra.sweeper.hypotheses=[]")
     assert plain == claiming and identity(plain) == identity(claiming) and "hypotheses" not in json.dumps(plain)
+
+
+def test_a_claim_of_a_sweep_over_loopholes_is_about_one(tmp_path):
+    other = {"loophole": {"name": "held_out_sentinel"}}
+    configs = sweep(tmp_path) + [config | {"loophole": config["loophole"] | other["loophole"]} for config in sweep(tmp_path)]
+    claims = [CLAIM | {"id": name, "matched_solve_within": None, "beats": [], "alpha": None, "loophole": name}
+              for name in ("held_out", "held_out_sentinel")]
+    register(claims, configs, "none")
+    for name, hacks in (("held_out", 1), ("held_out_sentinel", 4)):
+        add(tmp_path, "vanilla", [4] * 6, [0] * 6, loophole__name=name)
+        add(tmp_path, "penalty", [hacks] * 6, [2] * 6, loophole__name=name, **DETECTOR)
+    assert [word for word, _ in judged(tmp_path)] == [CONFIRMED, FALSIFIED], judged(tmp_path)
+    assert str(read(tmp_path).hypotheses[0]).startswith("on held_out penalty has a lower hack than vanilla")
+    with pytest.raises(ReportError, match="hypothesis H1 is about the loophole 'none'; this sweep has held_out, held_out_sentinel"):
+        register([CLAIM | {"loophole": "none"}], configs, "none")
