@@ -8,7 +8,8 @@ A block stands between two comments, and everything between them is replaced:
     <!-- rates of docs/data/headline/archive.parquet -->
     <!-- end -->
 
-`rates` is the report's table, `differences` that of compare, `verdicts` the judged hypotheses, `sensitivity` what so many seeds find.
+`rates` is the report's table, `summary` the columns of it that a README wants, `differences` that of compare, `verdicts` the judged
+hypotheses, `sensitivity` what so many seeds find.
 """
 
 from __future__ import annotations
@@ -24,15 +25,22 @@ from pathlib import Path
 from grpo_routing import compare, report
 from grpo_routing.analysis import Analysis, analyse
 from grpo_routing.archive import unpack
-from grpo_routing.arms import group
+from grpo_routing.arms import Arm, group
 from grpo_routing.results import ReportError, read_runs
 
+SUMMARY = ("known", "held-out", "solve", "format")
 BLOCK = re.compile(r"<!-- (\w+) of (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 KINDS: dict[str, Callable[[Analysis], list[str]]] = {
-    "rates": lambda found: report.markdown_table(group([run for arm in found.experiment.arms for run in arm.runs])),
+    "rates": lambda found: report.markdown_table(arms_of(found)),
+    "summary": lambda found: report.markdown_table(arms_of(found), SUMMARY),
     "differences": lambda found: compare.table(found.lines, found.within),
     "verdicts": compare.verdicts,
     "sensitivity": lambda found: compare.sensitivity(found.pairs)}
+
+
+def arms_of(found: Analysis) -> list[Arm]:
+    """In the order of the report, which knows what is a control of what."""
+    return group([run for arm in found.experiment.arms for run in arm.runs])
 
 
 @cache

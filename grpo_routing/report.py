@@ -155,14 +155,14 @@ def markdown(arms: list[Arm], unfinished: list[Run], name: str, found: Analysis 
     return "\n".join(lines).rstrip() + "\n"
 
 
-def markdown_table(arms: list[Arm]) -> list[str]:
-    """The table of all rates; a range stands below its mean."""
-    lines, block = ["| " + " | ".join(("arm", "policy", "n", *COLUMNS)) + " |", "|---|---|" + "---:|" * (len(COLUMNS) + 1)], ""
+def markdown_table(arms: list[Arm], columns: tuple[str, ...] = COLUMNS) -> list[str]:
+    """The table of all rates, or of some COLUMNS; a range stands below its mean."""
+    lines, block = ["| " + " | ".join(("arm", "policy", "n", *columns)) + " |", "|---|---|" + "---:|" * (len(columns) + 1)], ""
     for row in table_rows(arms):
         if row.block != block:
             block = row.block
-            lines.append(f"| **{block}** |" + " |" * (len(COLUMNS) + 2))
-        pairs = (row.arm, row.state, (row.seeds, ""), *row.cells)
+            lines.append(f"| **{block}** |" + " |" * (len(columns) + 2))
+        pairs = (row.arm, row.state, (row.seeds, ""), *(row.cells[COLUMNS.index(column)] for column in columns))
         lines.append("| " + " | ".join(f"{value} <sub>{below}</sub>" if below else value for value, below in pairs) + " |")
     return lines
 
