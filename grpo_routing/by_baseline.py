@@ -181,7 +181,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo_routing.by_baseline", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", type=Path, help="outputs/<experiment>, which holds runs/")
     parser.add_argument("--csv", type=Path, help="also write one line per run and step")
-    parser.add_argument("--figure", type=Path, help="also draw FILE.png and FILE.svg")
+    parser.add_argument("--figure", type=Path, help="also draw FILE.png, .svg and .pdf")
     asked = parser.parse_args(argv)
     try:
         tracks = [track_of(run, arm.label, asked.experiment / "runs" / run.name)

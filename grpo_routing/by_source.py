@@ -183,7 +183,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo_routing.by_source", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", type=Path, nargs="+", help="outputs/<experiment>, which holds runs/; several are put together")
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--figure", type=Path, help="PNG or PDF")
+    parser.add_argument("--figure", type=Path, help="also draw FILE.png, .svg and .pdf")
     asked = parser.parse_args(argv)
     try:
         runs = [run for folder in asked.experiment for run in read_runs(folder) if run.evaluations.keys() >= set(STATES)]

@@ -2,7 +2,7 @@
 
 Prints a line per arm, means over seeds: recall on known and held-out loopholes, false positives, precision and F0.5 of the labels, and
 the AUROC of the scores in the first and in the last third of the training, whose difference is the drift. Writes
-`figures/diagnosis.png` and `.svg` (curves and score histograms) and, with `--csv FILE`, the table. Definitions: oracle/quality.py.
+`figures/diagnosis.png`, `.svg` and `.pdf` (curves and score histograms) and, with `--csv FILE`, the table. Definitions: oracle/quality.py.
 """
 
 from __future__ import annotations

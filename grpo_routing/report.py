@@ -2,11 +2,11 @@
 
     python -m grpo_routing.report outputs/<experiment> [--format text|json|markdown] [--watch [SECONDS]]
 
-It writes report.html (html/page.py), report.md, results.json, figures/comparison.{png,svg} and, for arms that label rollouts
-or have a quarantine, figures/health*.{png,svg} into the experiment's folder and prints the chosen format. Finished runs enter a
-row, collapsed ones with their evaluation among them; every other run is listed with its state and the cause. A rate that was not
-measured is null in JSON and – in the table, never 0. Running it twice gives the same files. With --watch report.html alone is
-written again and again until no run is left to wait for or you interrupt, then everything once.
+It writes report.html (html/page.py), report.md, results.json, results.parquet (parquet.py), figures/comparison.{png,svg,pdf} and, for arms
+that label rollouts or have a quarantine, figures/health*.{png,svg,pdf} into the experiment's folder and prints the chosen format. Finished
+runs enter a row, collapsed ones with their evaluation among them; every other run is listed with its state and the cause. A rate that was
+not measured is null in JSON and – in the table, never 0. Running it twice gives the same files. With --watch report.html alone is written
+again and again until no run is left to wait for or you interrupt, then everything once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -32,6 +33,7 @@ from grpo_routing.html.material import read
 from grpo_routing.html.page import write_page
 from grpo_routing.html.watch import watch
 from grpo_routing.notes import bases, facts, flags, heading, interval, notes, number, states
+from grpo_routing.parquet import write_parquet
 from grpo_routing.results import BASE, DEPLOYED, TRAINED, ReportError, Run, flat_objects, read_runs
 
 WIDTH = 120  # columns of the text
@@ -66,8 +68,9 @@ def load(experiment: Path) -> list[dict]:
     return flat_objects(read_runs(experiment))
 
 
-def write(experiment: Path) -> str:
-    """Write the page, report.md, results.json and the figures; return the text table. Raises ReportError when there is no run."""
+def write(experiment: Path, launched: Mapping[str, dict] | None = None) -> str:
+    """Write the page, report.md, results.json, results.parquet and the figures; return the text table. `launched` is what a launcher knows
+    of the runs (parquet.py). Raises ReportError when there is no run."""
     material = read(experiment)
     runs, name, arms, unfinished = material.runs, material.name, material.arms, material.unfinished
     if arms:
@@ -76,6 +79,7 @@ def write(experiment: Path) -> str:
     found = analysed(experiment, runs)
     write_page(material, found)
     write_atomic(experiment / "results.json", (json.dumps(flat_objects(runs), indent=1) + "\n").encode())
+    write_parquet(experiment, runs, launched or {})
     write_atomic(experiment / "report.md", markdown(arms, unfinished, name, found).encode())
     return text(arms, unfinished, name)
 

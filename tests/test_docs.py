@@ -14,7 +14,7 @@ from tests.conftest import CONF
 
 ROOT = CONF.parent
 DOCUMENTS = [file for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if file.exists()]
-HOUSE = ("grpo_routing", "hydra_plugins", "conf", "docs", "tests", "benchmarks", "launchers")
+HOUSE = ("grpo_routing", "hydra_plugins", "conf", "docs", "tests", "benchmarks", "launchers", "notebooks")
 ROOMS = ["Problem", "Prompt", "Tokens", "Rollout", "Grade", "Audit", "Advantage", "Gradient", "Hack basis", "Projection", "Step",
          "Deployment"]
 

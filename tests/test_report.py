@@ -416,7 +416,7 @@ def test_the_curve_of_a_collapsed_seed_goes_on_at_its_last_value(tmp_path: Path)
 
 SHARES = {"route/flagged": [0.25] * 6, "route/absorbed": [0.75] * 6, "route/kept": [0.0] * 6, "train/format": [1.0] * 6,
           "train/gradient_norm_deployed": [0.01] * 6, "rollout/entropy": [1.5] * 6}
-HEALTH = ("health.png", "health.svg")
+HEALTH = ("health.png", "health.svg", "health.pdf")
 
 
 def test_the_health_figure_shows_arms_with_labels_or_a_quarantine_only(tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_many_arms_have_several_pages_and_old_pages_go(tmp_path: Path) -> None:
     for stale in ("health-3.png", "health-3.svg"):
         (tmp_path / "figures" / stale).write_text("of an earlier report")
     write(tmp_path)
-    assert {file.name for file in (tmp_path / "figures").glob("health*")} == {*HEALTH, "health-2.png", "health-2.svg"}
+    assert {file.name for file in (tmp_path / "figures").glob("health*")} == {*HEALTH, *(f"health-2{Path(name).suffix}" for name in HEALTH)}
     assert "(figures/health-2.png)" in (tmp_path / "report.md").read_text()
 
 
@@ -498,7 +498,8 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path, capsys: pytest.Capture
 def test_running_twice_gives_identical_files(tmp_path: Path) -> None:
     make_run(tmp_path, config("vanilla", 0))
     make_run(tmp_path, config("vanilla", 1), status={"state": "failed", "error": "boom"}, steps=2)
-    names = ("report.html", "report.md", "results.json", "figures/comparison.png", "figures/comparison.svg")
+    names = ("report.html", "report.md", "results.json", "results.parquet",
+             *(f"figures/comparison.{kind}" for kind in ("png", "svg", "pdf")))
     first = write(tmp_path), [(tmp_path / name).read_bytes() for name in names]
     assert (write(tmp_path), [(tmp_path / name).read_bytes() for name in names]) == first
     made = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file() and "runs" not in file.parts}
@@ -517,6 +518,9 @@ def test_the_figure_is_there_and_not_blank(tmp_path: Path) -> None:
     ink = (pixels[..., :3].min(-1) < 0.9).mean()
     assert 0.005 < ink < 0.2
     assert "<svg" in (tmp_path / "figures" / "comparison.svg").read_text()[:1000]
+    pdf = (tmp_path / "figures" / "comparison.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf
+    assert b"/CIDFontType2" in pdf and b"/Type3" not in pdf, "fonts that publishers accept"
 
 
 def test_the_formats_print_the_files_and_text_fits_120_columns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
