@@ -61,9 +61,8 @@ def work(root: Path) -> None:
     with claimed(root / LOCK, patience=None):
         running: dict[tuple[str, str], tuple[subprocess.Popen, list[int]]] = {}
         tried: set[tuple[str, str]] = set()
+        plan = read_plan(root)
         while True:
-            plan = read_plan(root)
-            settings: Local = plan.settings
             for key, (process, _) in list(running.items()):
                 if process.poll() is not None:
                     del running[key]
@@ -75,27 +74,28 @@ def work(root: Path) -> None:
                 for process, _ in running.values():
                     process.wait()
                 return
-            waiting = [(run, job) for run, (one, job) in jobs(submissions(root)).items()
-                       if one.backend == "local" and (run, job) not in tried and _wants(plan, run, job)]
-            free = [gpu for gpu in settings.gpus if all(gpu not in taken for _, taken in running.values())]
-            if waiting and len(running) < settings.parallel:
-                run, job = waiting[0]
-                resources = jobs(submissions(root))[run][0].resources
-                if len(free) >= resources["gpus"]:
-                    taken = free[: resources["gpus"]]
+            if len(running) < plan.settings.parallel:  # a full pool reads no files: it would take the time of its runs
+                plan = read_plan(root)
+                settings: Local = plan.settings
+                waiting = next(((run, job, one) for run, (one, job) in jobs(submissions(root)).items()
+                                if one.backend == "local" and (run, job) not in tried and _wants(plan, run, job, one)), None)
+                free = [gpu for gpu in settings.gpus if all(gpu not in taken for _, taken in running.values())]
+                if waiting and len(free) >= waiting[2].resources["gpus"]:
+                    run, job, one = waiting
+                    taken = free[: one.resources["gpus"]]
                     tried.add((run, job))
                     running[run, job] = (_start(plan, run, job, taken), taken)
                     continue
-            if not waiting and not running:
-                return
+                if not waiting and not running:
+                    return
             time.sleep(LOOK)
 
 
-def _wants(plan: SweepPlan, run: str, job: str) -> bool:
+def _wants(plan: SweepPlan, run: str, job: str, one: Submission) -> bool:
     """Whether the run has still to be started in this submission: not over, not cancelled, not ended in it by another pool."""
     if state_in(plan.root / "runs" / run) in OVER:
         return False
-    rows, since = launches(plan.root / "runs" / run), jobs(submissions(plan.root))[run][0].created
+    rows, since = launches(plan.root / "runs" / run), one.created
     mine = [row for row in rows if row["event"] in ("start", "end") and row["job"] == job]
     return not cancelled(rows, since) and not (mine and mine[-1]["event"] == "end" and mine[-1]["exit"] != STOPPED)
 
