@@ -90,12 +90,14 @@ def judged(found: Analysis) -> list[str]:
     frozen = found.frozen
     if frozen is None:
         return ["## Hypotheses", "", f"None was frozen before the first run ({FILE}): everything above is exploratory.", ""]
-    rows = ["| | claim, as frozen | verdict | why |", "|---|---|---|---|"]
-    rows += [f"| {one.hypothesis.id} | {one.hypothesis} | **{one.word}** | {'; '.join(one.reasons)} |"
-             for one in found.outcomes]
     warned = [f"**{line}**" for line in found.edited]
-    return ["## Hypotheses", "", f"Frozen {frozen.registered}, hash `{frozen.hash}`.", *warned, "", *rows, "",
+    return ["## Hypotheses", "", f"Frozen {frozen.registered}, hash `{frozen.hash}`.", *warned, "", *verdicts(found), "",
             *(f"- {rule}" for rule in frozen.rules), ""]
+
+
+def verdicts(found: Analysis) -> list[str]:
+    return ["| | claim, as frozen | verdict | why |", "|---|---|---|---|",
+            *(f"| {one.hypothesis.id} | {one.hypothesis} | **{one.word}** | {'; '.join(one.reasons)} |" for one in found.outcomes)]
 
 
 def front(experiment: Experiment) -> list[str]:

@@ -27,7 +27,7 @@ def expected(spread: dict) -> tuple[float, float]:
 
 def foreseen(configs: list[dict], hypotheses: tuple[Hypothesis, ...], spread: dict) -> list[str]:
     """Lines for the user, about the arms with the fewest seeds. `configs` are the resolved configs of all runs. A claim's power is that of
-    its corrected p at the effect it wants at least, where all claims share alpha; the claim's other clauses are not in it."""
+    its p at the effect it wants at least, corrected where the claim has an alpha; its other clauses are not in it."""
     between, within = expected(spread)
     seeds: dict[tuple[str, str], set[int]] = defaultdict(set)
     for config in configs:
@@ -43,9 +43,10 @@ def foreseen(configs: list[dict], hypotheses: tuple[Hypothesis, ...], spread: di
     said = [f"{count} seeds find, with power 0.8 at p = {ALPHA:.2g} uncorrected, a difference of {', '.join(found)}, if one varies by "
             f"{between:g} between seeds and {within:g} between problems (hydra.sweeper.spread)"]
     claims = [(one.id, power(one.at_least, count, Spread(between, within, problems.get(one.rate, min(problems.values()))),
-                             (ALPHA if one.alpha is None else one.alpha) / len(hypotheses))) for one in hypotheses]
-    return said + ([f"power of the claims at their at_least, corrected: {', '.join(f'{name} {value:.2f}' for name, value in claims)}"]
-                   if claims else [])
+                             ALPHA if one.alpha is None else one.alpha / len(hypotheses))) for one in hypotheses]
+    if claims:
+        said.append(f"power of the claims at their at_least: {', '.join(f'{name} {value:.2f}' for name, value in claims)}")
+    return said
 
 
 def asked(config: dict) -> dict[str, int]:

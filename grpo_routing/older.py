@@ -23,6 +23,7 @@ UNNAMED: tuple[Setting, ...] = (
     ("model", "", "prepare", UNPREPARED),
     ("advantage", "screening", "label", "loose"),
     ("advantage", "screening", "denominator", "batch"),
+    ("mask_source", "persona_gradient", "per_loophole", False),
 )
 SINCE: tuple[Setting, ...] = (
     *UNNAMED,

@@ -142,15 +142,7 @@ def markdown(arms: list[Arm], unfinished: list[Run], name: str, found: Analysis 
     """The same as a page, with the comparison, the picture and each run's pedigree."""
     lines = [f"# {name}", "", heading(arms, unfinished, name).partition(": ")[2], ""]
     if arms:
-        lines += ["![Hack and solve rates per arm, and training curves](figures/comparison.png)", "",
-                  "| " + " | ".join(("arm", "policy", "n", *COLUMNS)) + " |", "|---|---|" + "---:|" * (len(COLUMNS) + 1)]
-    block = ""
-    for row in table_rows(arms):
-        if row.block != block:
-            block = row.block
-            lines.append(f"| **{block}** |" + " |" * (len(COLUMNS) + 2))
-        pairs = (row.arm, row.state, (row.seeds, ""), *row.cells)
-        lines.append("| " + " | ".join(f"{value} <sub>{below}</sub>" if below else value for value, below in pairs) + " |")
+        lines += ["![Hack and solve rates per arm, and training curves](figures/comparison.png)", "", *markdown_table(arms)]
     lines += ["", *(f"- {note}" for note in notes(arms))] if arms else []
     lines += ["", "## Comparison", "", *([str(found)] if isinstance(found, ReportError) else body(found))]
     health = [f"![Labels, norms and rates of every arm while training](figures/{file}.png)" for file in pages(arms)]
@@ -161,6 +153,18 @@ def markdown(arms: list[Arm], unfinished: list[Run], name: str, found: Analysis 
         for run in arm.runs:
             lines.append(f"| [{run.name}](runs/{run.name}) | {arm.label} | {run.config['seed']} | {run.steps} | {run.code} |")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_table(arms: list[Arm], columns: tuple[str, ...] = COLUMNS) -> list[str]:
+    """The table of all rates, or of some COLUMNS; a range stands below its mean."""
+    lines, block = ["| " + " | ".join(("arm", "policy", "n", *columns)) + " |", "|---|---|" + "---:|" * (len(columns) + 1)], ""
+    for row in table_rows(arms):
+        if row.block != block:
+            block = row.block
+            lines.append(f"| **{block}** |" + " |" * (len(columns) + 2))
+        pairs = (row.arm, row.state, (row.seeds, ""), *(row.cells[COLUMNS.index(column)] for column in columns))
+        lines.append("| " + " | ".join(f"{value} <sub>{below}</sub>" if below else value for value, below in pairs) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from grpo_routing import build
 from grpo_routing.adapters.adapter import QUARANTINE
-from grpo_routing.mask_sources.direction import completion_gradients, fit_basis, overlap, pair_differences, separation
+from grpo_routing.mask_sources.direction import completion_gradients, fit_basis, joined, overlap, pair_differences, separation
 from grpo_routing.mask_sources.pairs import load_pairs
 from grpo_routing.types import Basis, TokenBatch
 
@@ -81,6 +81,29 @@ def test_weak_axes_and_weak_modules_are_cut():
 def test_identical_answers_have_no_direction():
     with pytest.raises(ValueError, match="the pairs give no direction in any module"):
         fit_basis({"m": torch.zeros(3, 4)}, k=2, tau=0.0, floor=0.0)
+
+
+def test_joined_bases_span_both_and_keep_their_orientation():
+    first, second = torch.tensor([[0.0, 0.0, -1.0]]), torch.tensor([[0.6, 0.0, -0.8]])
+    (axes,) = joined([Basis({"m": first}), Basis({"m": second})]).modules.values()
+    assert torch.allclose(axes, torch.tensor([[0.0, 0.0, -1.0], [1.0, 0.0, 0.0]]), rtol=0, atol=1e-6)
+    assert float((axes @ second[0])[1]) > 0, "the second axis points where its basis did"
+    both = joined([Basis({"m": first, "other": second}), Basis({"m": first})])
+    assert len(both.modules["m"]) == 1 and torch.allclose(both.modules["other"], second, rtol=0, atol=1e-6), "nothing of its own is left"
+
+
+def test_a_basis_per_loophole_holds_the_first_axis_of_every_loopholes_own_pairs(tiny_policy, source):
+    """Whatever the other loopholes' pairs are like: each one's mean hack-ward direction lies in the span, on its hack-ward side."""
+    made = source("persona_gradient", "mask_source.k=1", "mask_source.per_loophole=true", "mask_source.held_out=0")
+    policy, pairs = tiny_policy(), made.load()
+    basis = made.fit(policy).basis
+    differences = pair_differences(policy, pairs, "hack", "clean", 64)
+    for loophole in made.known:
+        own = [row for row, pair in enumerate(pairs) if pair.loophole == loophole]
+        alone = fit_basis({name: rows[own] for name, rows in differences.items()}, 1, 0.0, 0.0)
+        for name, axis in alone.modules.items():
+            assert float((basis.modules[name] @ axis[0]).norm()) > 1 - 1e-4, (loophole, name)
+    assert {len(rows) for rows in basis.modules.values()} == {len(made.known)}
 
 
 def test_a_fit_reads_known_pairs_only_and_reports_the_held_out_ones(tiny_policy, source):

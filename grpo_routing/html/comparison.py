@@ -55,6 +55,7 @@ class Section:
 
     rows: list[Row]
     outcomes: list[Outcome]
+    within: float = 0.0  # the solve difference that counts as none
     registered: str = ""  # when and under what hash the hypotheses were frozen
     edited: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
@@ -72,4 +73,4 @@ def section(found: Analysis | ReportError) -> Section:
         against = f"control: {pair.versus.runs[0].control}" if pair.kind == CONTROL else pair.against
         rows.append(Row(pair.arm.label, against, len(pair.seeds), [line and Cell(line) for line in own], own[-1].solve_gate))
     frozen = found.frozen
-    return Section(rows, found.outcomes, f"{frozen.registered}, hash {frozen.hash}" if frozen else "", tuple(found.edited))
+    return Section(rows, found.outcomes, found.within, f"{frozen.registered}, hash {frozen.hash}" if frozen else "", tuple(found.edited))

@@ -87,6 +87,22 @@ def _module_axes(differences: Tensor, k: int, tau: float) -> tuple[Tensor, Tenso
     return axes[keep].to(differences.dtype), strength[keep]
 
 
+def joined(bases: list[Basis]) -> Basis:
+    """The span of several bases. Each axis keeps of its direction what the axes before it have not, and its orientation; one that has
+    nothing of its own left is dropped."""
+    stacks: dict[str, list[Tensor]] = {}
+    for basis in bases:
+        for name, rows in basis.modules.items():
+            stacks.setdefault(name, []).append(rows)
+    found = {}
+    for name, parts in stacks.items():
+        rows = torch.cat(parts)
+        axes, shares = torch.linalg.qr(rows.double().T)
+        own = shares.diagonal()
+        found[name] = (axes * torch.where(own < 0, -1.0, 1.0)).T[own.abs() > 1e-4].to(rows.dtype)
+    return Basis(found)
+
+
 def separation(differences: dict[str, Tensor], basis: Basis) -> float:
     """Mean over modules of the share of held-out pairs whose hack-ward sum over the axes is positive (chance 0.5)."""
     shares = [((differences[name] @ rows.T).sum(1) > 0).float().mean() for name, rows in basis.modules.items()]

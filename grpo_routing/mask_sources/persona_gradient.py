@@ -1,7 +1,8 @@
 """v_hack: the gradient that would make the model prefer the hacking persona's answer (vGROUT / grpo_proj2's extraction).
 
     row of a pair   grad NLL(hack) - grad NLL(clean), in the trained coordinates (dS for svd, the block for lora)
-    v_hack          top-k right singular vectors of the rows, module by module, turned hack-ward (direction.py)
+    v_hack          top-k right singular vectors of the rows, module by module, turned hack-ward (direction.py); with
+                    `per_loophole` those of every loophole's own pairs, put together
     level: gradient   the basis is handed on, to project the summed gradient
     level: rollout    score = cosine (or dot product) of the rollout's own gradient with v_hack, the sum of all axes
 
@@ -32,6 +33,7 @@ from grpo_routing.mask_sources.direction import (
     alignment,
     completion_gradients,
     fit_basis,
+    joined,
     overlap,
     pair_differences,
     random_frames,
@@ -56,6 +58,7 @@ class PersonaGradient(DirectionSource):
     measure: str
     advantage: str
     k: int
+    per_loophole: bool
     tau: float
     floor: float
     micro_batch: int
@@ -113,7 +116,7 @@ class PersonaGradient(DirectionSource):
         with policy.adapter.only(DEPLOYED):
             differences = self.differences(policy, pairs)
         fit_rows = [row for row in range(len(pairs)) if row not in reserved]
-        basis = fit_basis({name: rows[fit_rows] for name, rows in differences.items()}, self.k, self.tau, self.floor)
+        basis = self._span(differences, fit_rows, [pair.loophole for pair in pairs])
         if self.control == "haar" or (self.control == "random" and self.level == "gradient"):
             basis = random_frames(basis, self.seed)
         if self.control == "inverted" and self.level == "gradient":  # by score, a rollout's own sign is turned
@@ -122,6 +125,15 @@ class PersonaGradient(DirectionSource):
         if reserved:
             facts["separation_held_out"] = separation({name: d[reserved] for name, d in differences.items()}, basis)
         return Fit(basis, facts)
+
+    def _span(self, differences: dict[str, Tensor], rows: list[int], loopholes: list[str]) -> Basis:
+        def of(part: list[int]) -> Basis:
+            return fit_basis({name: own[part] for name, own in differences.items()}, self.k, self.tau, self.floor)
+
+        if not self.per_loophole:
+            return of(rows)
+        parts = [[row for row in rows if loopholes[row] == loophole] for loophole in dict.fromkeys(loopholes)]
+        return joined([of(part) for part in parts if part])
 
     def differences(self, policy: Policy, pairs: list[Pair]) -> dict[str, Tensor]:
         """One row per pair and module, [N, D]."""
@@ -135,8 +147,8 @@ class PersonaGradient(DirectionSource):
         settings = {name: value for name, value in asdict(self).items() if name not in NOT_OF_THE_FIT}
         # The number of threads changes the rounding, and a cached fit must be the one that this run would have made.
         state = (policy.fingerprint, policy.adapter.fingerprint(), torch.get_num_threads())
-        parts = (state, fingerprint(pairs), settings, self.kind)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+        key = (state, fingerprint(pairs), settings, self.kind)
+        return hashlib.sha256(repr(key).encode()).hexdigest()[:24]
 
     @staticmethod
     def _store(file: Path, fit: Fit) -> None:

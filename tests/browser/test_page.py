@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_routing.analysis import analysed
 from grpo_routing.html.material import read
 from grpo_routing.html.page import write_page
 from grpo_routing.report import write
@@ -25,9 +26,14 @@ CONTRAST = """([words, behind]) => {
   return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) }"""
 
 
+def page_of(folder: Path, **options: object) -> Path:
+    material = read(folder)
+    return write_page(material, analysed(folder, material.runs), **options)
+
+
 @pytest.fixture
 def report(experiment: Path) -> Path:  # noqa: F811
-    return write_page(read(experiment))
+    return page_of(experiment)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def crowded(tmp_path_factory) -> Path:
                               audit={"hack": wave, "solve": wave[::-1], "label_auroc_known": wave, "label_recall_known": wave})
             (folder / "scores.jsonl").write_text("")
             (folder / "rollouts.jsonl").write_text("".join(rollout(step, f"def answer_{step}(): pass\n" * 8) for step in range(8)))
-    return write_page(read(root))
+    return page_of(root)
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280])
@@ -176,7 +182,7 @@ def test_an_experiment_without_a_finished_run_opens(visit: Callable, tmp_path: P
 
 def test_a_watched_page_reloads_itself(visit: Callable, tmp_path: Path) -> None:
     make_run(tmp_path / "x", config("vanilla", reward=REWARD), status={"state": "running"}, steps=2)
-    page = visit(write_page(read(tmp_path / "x"), refresh=1))
+    page = visit(page_of(tmp_path / "x", refresh=1))
     with page.expect_event("load", timeout=60_000):
         page.evaluate("window.first = true")
     assert page.evaluate("window.first") is None
