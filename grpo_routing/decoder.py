@@ -142,7 +142,8 @@ class _Layer:
         self.width, self.scaling, self.mlp = attention.head_dim, attention.scaling, _mlp(layer.mlp)
         self.first, self.second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.query, self.key, self.value, self.out = (_linear(getattr(attention, f"{name}_proj")) for name in "qkvo")
-        self.query_norm, self.key_norm = (_norm(attention.q_norm), _norm(attention.k_norm)) if hasattr(attention, "q_norm") else (_same, _same)
+        normed = hasattr(attention, "q_norm")
+        self.query_norm, self.key_norm = (_norm(getattr(attention, f"{name}_norm")) if normed else _same for name in "qk")
 
     def attended(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [n, d_model] -> query, key, value [n, heads, d], rotated."""
