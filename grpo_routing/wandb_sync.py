@@ -67,7 +67,8 @@ def sync(folder: Path, target: Target) -> str:
             return "unchanged"
         publish(folder, planned, target)
     except Exception as error:  # whatever W&B or a damaged file raises, the other runs are worth publishing
-        print(f"{folder.name}: FAILED: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{folder.name}: FAILED: expected to publish it, but {type(error).__name__}: {error}. Mend that and call again: "
+              "what is published stays", file=sys.stderr)
         return "failed"
     so_far = "" if run.finished else f" so far: {run.steps} of {run.config['trainer']['steps']} steps"
     print(f"{folder.name}: published, {run.status}{so_far}", flush=True)

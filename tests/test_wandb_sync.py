@@ -75,6 +75,7 @@ def test_the_config_has_flat_keys_to_group_by(experiment):
         "sampling": "plain", "extra_rollouts": "anchor", "optimizer": "split_moment", "held_out": "file_marker", "pays": True,
         "uses_oracle": False, "imitation": False, "code": "c" * 10, "status": "done"}
     assert config["settings"]["trainer"]["steps"] == 4
+    assert not {"output", "cache", "logger", "experiment_name"} & {*config["settings"], *config["settings"]["model"]}
     assert config["settings"]["mask_source"]["known"] == "run_tests,sentinel,stdout_marker"  # one word, so that it groups
 
 
@@ -207,8 +208,10 @@ def test_a_failure_is_said_hides_no_other_run_and_leaves_no_receipt(config, tmp_
     said = capsys.readouterr()
     assert f"{tmp_path}/x: 2 failed, 1 published\n" in said.out
     first, second = said.err.splitlines()
-    assert first.startswith(f"{torn.name}: FAILED: ReportError: expected JSON in {torn}/eval/as_deployed.json, but ")
-    assert second.startswith(f"{held.name}: FAILED: Held: {held} is being worked on by process ")
+    assert first.endswith(". Mend that and call again: what is published stays")
+    said_of = "FAILED: expected to publish it, but"
+    assert first.startswith(f"{torn.name}: {said_of} ReportError: expected JSON in {torn}/eval/as_deployed.json, but ")
+    assert second.startswith(f"{held.name}: {said_of} Held: {held} is being worked on by process ")
     assert [folder.name for folder in (torn, held, fine) if (folder / "wandb" / "receipt.json").exists()] == [fine.name]
     assert synced(str(tmp_path / "x"), "--project", "no/slash", "--only", fine.name) == 1
     assert "no/slash" in capsys.readouterr().err
