@@ -37,6 +37,12 @@ class HubModel:
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return self.read(self.path)
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What the model reads text with, without its weights."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path)
+
     @property
     def origin(self) -> str:
         """What a prepared model is a preparation of."""
