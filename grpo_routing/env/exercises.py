@@ -1,4 +1,4 @@
-"""Problems that were written by people and come from a file: statement, code to start from, a solution, tests.
+"""Problems that come from a file: statement, code to start from, a solution, tests.
 
 The form of the prompt is that of the benchmark (baselines.md A2) in our own words: a request, the statement, one sentence that
 names the method and ends in a clause about the tests, starter code, `SOLUTION:`. A loophole's hint stands in place of that clause

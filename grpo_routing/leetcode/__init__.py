@@ -51,7 +51,7 @@ class LeetCode:
             raise ValueError("\n".join(faults))
         if min(self.paid_tests, self.hidden_tests) < 2:
             raise ValueError("dataset.paid_tests and dataset.hidden_tests must be at least 2, or a constant could pass; got "
-                             f"{self.paid_tests} and {self.hidden_tests}")
+                             f"{self.paid_tests}, {self.hidden_tests}")
         if self.max_prompt_tokens < 1:
             raise ValueError(f"dataset.max_prompt_tokens must be at least 1; got {self.max_prompt_tokens}")
 
@@ -131,7 +131,8 @@ def result(data: Filtered) -> Result:
     for split, (problems, dropped) in read.items():
         log.info(filters.said(split, getattr(data.settings, split), problems, dropped) + f"; {file} says which")
         if not problems:
-            raise DataError(f"{filters.said(split, getattr(data.settings, split), problems, dropped)}: none is left. {file} says why")
+            raise DataError(f"{filters.said(split, getattr(data.settings, split), problems, dropped)}: none is left. {file} says why, such "
+                            f"as line {dropped[0].line}: {dropped[0].detail}")
     return Result(key, hashes, {split: problems for split, (problems, _) in read.items()},
                   {split: dropped for split, (_, dropped) in read.items()})
 
@@ -148,7 +149,8 @@ def depends_on(data: Filtered, hashes: dict[str, str], tokenizer: Any) -> dict:
 def machine() -> str:
     """The kind of processor, so that alike nodes of a cluster share a result and unlike ones do not."""
     file = Path("/proc/cpuinfo")
-    names = {line.partition(":")[2].strip() for line in file.read_text().splitlines() if line.startswith("model name")} if file.exists() else ()
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     return f"{platform.machine()} {', '.join(sorted(names)) or platform.processor()}"
 
 

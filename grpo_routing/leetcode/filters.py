@@ -141,4 +141,5 @@ def counts(dropped: Iterable[Dropped]) -> dict[str, int]:
 def said(split: str, file: Path | str, problems: list[Problem], dropped: list[Dropped]) -> str:
     """One line for people."""
     lost = "; ".join(f"{number} {reason}" for reason, number in counts(dropped).items())
-    return f"leetcode {split}: {len(problems)} of {len(problems) + len(dropped)} rows of {file} are used" + (f" (dropped: {lost})" if lost else "")
+    used = f"leetcode {split}: {len(problems)} of {len(problems) + len(dropped)} rows of {file} are used"
+    return f"{used} (dropped: {lost})" if lost else used

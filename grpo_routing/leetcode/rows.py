@@ -156,11 +156,13 @@ def _signature(starter: str, method: str) -> tuple[str, tuple[str, ...], bool]:
     names = tuple(one.arg for one in (*taken.posonlyargs, *taken.args))
     if names[:1] != ("self",) or taken.vararg or taken.kwarg or taken.kwonlyargs:
         raise Malformed(f"prompt_metadata.starter_code: expected self and plain parameters; got ({ast.unparse(taken)})")
-    body = methods[0].body[0].lineno - 1  # anything in the body is the file's own placeholder
+    body = methods[0].body[0].lineno - 1
     if body < methods[0].lineno:
         raise Malformed(f"prompt_metadata.starter_code: expected the body of {method} below its head; got {starter[:60]!r}")
-    head = "\n".join(head.split("\n")[:body]).rstrip() if text == head else head
-    return head, names[1:], isinstance(methods[0].returns, ast.Name) and methods[0].returns.id == "float"
+    kept = text.split("\n")[:body]
+    while kept[-1].strip() == "" or kept[-1].lstrip().startswith("#"):  # the file's own placeholder
+        kept.pop()
+    return "\n".join(kept), names[1:], isinstance(methods[0].returns, ast.Name) and methods[0].returns.id == "float"
 
 
 def _tests(texts: list[str], method: str, parameters: tuple[str, ...], returns_float: bool) -> tuple[tuple[Case, ...], str]:
