@@ -195,8 +195,8 @@ def examiner(ready: Plan, folder: Path, line: Line, oracle: Oracle) -> Callable[
 def base_key(ready: Plan, policy: Policy) -> str:
     """What the untrained policy's evaluation depends on: every arm of a sweep has the same one, so it is sampled once."""
     adapter = {key: value for key, value in asdict(ready.adapter).items() if key not in ("seed", "cache")}
-    parts = (policy.fingerprint, type(ready.adapter).__name__, adapter, ready.evaluation, ready.dataset.identity, ready.loophole, ready.reward,
-             ready.sandbox, ready.trainer.max_new_tokens, ready.trainer.prompts_per_forward, torch.get_num_threads())
+    parts = (policy.fingerprint, type(ready.adapter).__name__, adapter, ready.evaluation, ready.dataset.identity, ready.loophole,
+             ready.reward, ready.sandbox, ready.trainer.max_new_tokens, ready.trainer.prompts_per_forward, torch.get_num_threads())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
