@@ -184,7 +184,7 @@ def test_a_problem_in_both_files_is_refused(data, tmp_path, fields, message):
     both = [f"dataset.{split}={write(tmp_path / f'{split}.jsonl', [changed(1, **more)])}" for split, more in
             (("train", {}), ("evaluation", fields))]
     with pytest.raises(DataError, match=message):
-        data(*both)[0].identity
+        data(*both)[0].provenance()
 
 
 # ------------------------------------------------------------------------------------------------ filters
@@ -258,7 +258,7 @@ def test_the_tokenizer_of_a_hub_model_is_read_without_its_weights(data, config, 
 def test_a_file_of_which_nothing_is_left_is_refused(data, tmp_path):
     lost = write(tmp_path / "train.jsonl", [changed(10), changed(11)])
     with pytest.raises(DataError, match=r"leetcode train: 0 of 2 rows .* none is left\. .* line 1: 6 tests; paid_tests=3"):
-        data(f"dataset.train={lost}")[0].identity
+        data(f"dataset.train={lost}")[0].provenance()
 
 
 # ------------------------------------------------------------------------------------------------ tests, paid and hidden

@@ -6,6 +6,7 @@ Nothing here is LeetCode's text. Rows 9 to 14 of the training file must be dropp
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -72,7 +73,7 @@ def chunks(nums: list[int]) -> list[list[int]]:
 SUM, LIST = "sum(nums)", "self, nums: List[int]"
 TRAIN = [
     row(1, "gapSum", f"{LIST}) -> int", "Add up the distances between neighbours of `nums`.",
-        "return sum(abs(a - b) for a, b in zip(nums, nums[1:]))", lists("nums", lambda v: sum(abs(a - b) for a, b in zip(v, v[1:])))),
+        "return sum(abs(a - b) for a, b in zip(nums, nums[1:]))", lists("nums", lambda v: sum(abs(a - b) for a, b in pairwise(v)))),
     row(2, "longestRun", "self, text: str) -> int", "How long is the longest run of one letter in `text`?",
         "best = count = 0\nfor place, letter in enumerate(text):\n    count = count + 1 if place and text[place - 1] == letter else 1\n"
         "    best = max(best, count)\nreturn best", texts("text", run_length)),
