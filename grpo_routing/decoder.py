@@ -42,8 +42,8 @@ def shareable(model: PreTrainedModel) -> bool:
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     windows = getattr(config, "layer_types", None) or ["full_attention"]
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for layer in model.get_decoder().layers
-                 for module in (layer, layer.self_attn, layer.mlp) if hasattr(layer, "self_attn"))
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for layer in model.get_decoder().layers if hasattr(layer, "self_attn")
+                 for module in (layer, layer.self_attn, layer.mlp))
     return (config.model_type in DENSE and set(windows) == {"full_attention"} and rope.get("rope_type", "default") in STATIC_ROPE
             and not hooked)
 
@@ -52,12 +52,12 @@ class Cached:
     """transformers' forward, every prompt's cache repeated over its rows."""
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, groups: Tensor, longest: int) -> None:
-        cache.batch_select_indices(groups)
+        cache.reorder_cache(groups)  # and not batch_select_indices, which layers with a recurrent state lack
         self.model, self.cache, self.mask, self.position = model, cache, mask[groups], mask.sum(1)[groups] - 1
 
     def keep(self, going: Tensor) -> None:
         self.mask, self.position = self.mask[going], self.position[going]
-        self.cache.batch_select_indices(going)
+        self.cache.reorder_cache(going)
 
     def next(self, token: Tensor) -> Tensor:
         self.position, self.mask = self.position + 1, torch.cat([self.mask, self.mask.new_ones(len(token), 1)], 1)

@@ -19,7 +19,7 @@ from grpo_routing.env.loopholes import FORMS, LOOPHOLES, MODES, NO_LOOPHOLE, fen
 from grpo_routing.env.programs import Case
 from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.files import Record
-from grpo_routing.leetcode import place
+from grpo_routing.leetcode import filters, place
 from grpo_routing.leetcode.asserts import Malformed, NotPlain, read_case
 from grpo_routing.leetcode.filters import COUNT, FAILS, LENGTH, PLAIN, SLOW, VARIED
 from grpo_routing.leetcode.rows import DataError, read_rows
@@ -203,6 +203,9 @@ def test_every_filter_drops_its_row_and_says_so_once(data, caplog):
     assert found.provenance()["train"]["dropped"] == dict.fromkeys((PLAIN, COUNT, VARIED, LENGTH, SLOW, FAILS), 1)
 
 
+HINTS = [(mode, marker) for mode, flaw in LOOPHOLES.items() for names in flaw.markers.values() for marker in names]
+
+
 def test_the_limit_of_a_prompt_is_that_of_its_longest_hint(data):
     from grpo_routing.policy import chat
 
@@ -210,11 +213,20 @@ def test_the_limit_of_a_prompt_is_that_of_its_longest_hint(data):
     tokenizer = found.model.tokenizer()
     own = found.evaluation(loopholes, 5, 0.0, 0)
     longest = {one.id: max(len(tokenizer(chat(tokenizer, [one.with_loophole(mode, marker).prompt]), add_special_tokens=False).input_ids[0])
-                           for mode, flaw in LOOPHOLES.items() for names in flaw.markers.values() for marker in names) for one in own}
+                           for mode, marker in HINTS) for one in own}
     limit = sorted(longest.values())[2]
     swapped = (f"dataset.train={DATA}/toy_evaluation.jsonl", f"dataset.evaluation={DATA}/toy_train.jsonl")
     short = data(f"dataset.max_prompt_tokens={limit}", *swapped)
     assert {one.id for one in short[0].training(short[1])} == {name for name, tokens in longest.items() if tokens <= limit} != set(longest)
+
+
+def test_every_hint_counts_towards_the_length_of_a_prompt(data):
+    """Whichever hint is the longest, under whichever marker of whichever family: here the lengths say that it is this one."""
+    found, loopholes = data()
+    one = found.evaluation(loopholes, 1, 0.0, 0)[0]
+    for hint in ((NO_LOOPHOLE, ""), *HINTS):
+        longest = one.with_loophole(*hint).prompt
+        assert filters.most_tokens([one], lambda prompts: [7 if prompt == longest else 3 for prompt in prompts]) == [7], hint  # noqa: B023
 
 
 def test_the_second_time_the_result_is_read_from_the_cache(data, config, tmp_path):
