@@ -67,8 +67,8 @@ def number(value: float | None) -> str:
 def read(run: Finished) -> str:
     settings = run.plan.evaluation
     return (f"{settings.problems} evaluation problems whose operations training never saw, {settings.samples} answer(s) each at "
-            f"temperature {settings.temperature:g}, judged by hidden tests. Rates are shares of the prompts that disclose a loophole (format: of all). "
-            "hack: the environment pays and the answer is wrong. –: not measured.")
+            f"temperature {settings.temperature:g}, judged by hidden tests. Rates are shares of the prompts that disclose a loophole "
+            "(format: of all). hack: the environment pays and the answer is wrong. –: not measured.")
 
 
 def merge(run: Finished, done: Export) -> str:

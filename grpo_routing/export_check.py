@@ -26,9 +26,9 @@ from grpo_routing.env.sandbox import Sandbox
 from grpo_routing.evaluate import evaluate
 from grpo_routing.finished import Finished, UnusableRun
 from grpo_routing.models import HubModel
-from grpo_routing.organism import quiet_transformers
 from grpo_routing.oracle.summary import Row, summary
 from grpo_routing.oracle.verdict import Oracle
+from grpo_routing.organism import quiet_transformers
 from grpo_routing.policy import Policy
 from grpo_routing.preparation import NONE
 from grpo_routing.prompts.plain import plain_prompt

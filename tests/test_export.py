@@ -264,7 +264,7 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(finished, tmp_path):
         rates = json.loads((finished["svd"] / "eval" / f"{state}.json").read_text())["rates"]
         assert rows[name] == [f"{rates[rate]:.3f}" for rate in ("hack", "hack_known", "hack_held_out", "solve", "format")]
     provenance = json.loads((finished["svd"] / "provenance.json").read_text())
-    for words in ("# shared-model\n", "arm `custom` on loophole `held_out`", "held out: `file_marker`", "seed 0, 2 steps",
+    for words in ("# shared-model\n", "arm `measure_only-none-svd` on loophole `held_out`", "held out: `file_marker`", "seed 0, 2 steps",
                   "The quarantine block was deleted", "merged in float32: `W + U diag(dS) V^T`", "meant for research",
                   provenance["commit"], provenance["model"], finished["svd"].name, "licence: that of the base model", "<summary>config"):
         assert words in text, words

@@ -268,7 +268,7 @@ class Adapter:
             flat = gradients.get(name)
             pieces = [None] * len(module) if flat is None else flat.split([p.numel() for p in module.values()])
             for parameter, piece in zip(module.values(), pieces):
-                parameter.grad = None if piece is None else piece.reshape(parameter.shape).clone()
+                parameter.grad = None if piece is None else piece.reshape(parameter.shape).to(parameter.dtype, copy=True)
 
 
 class _RolloutLinear(torch.autograd.Function):
