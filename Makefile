@@ -56,6 +56,11 @@ baselines: $(VENV)/ready  ## penalty, screening, routing, modification, prompts 
 	$(PYTHON) -m grpo_routing.by_baseline outputs/baselines --csv outputs/baselines/steps.csv --figure outputs/baselines/figures/steps
 	$(PYTHON) -m grpo_routing.obfuscation outputs/baselines --csv outputs/baselines/obfuscation.csv
 
+evidence: $(VENV)/ready  ## the headline, four times its steps, each loophole held out, ablations, with their claims: many hours; it resumes
+	for part in headline headline_long held_out ablations; do \
+	  $(PYTHON) -m grpo_routing -m experiment=$$part hydra/launcher=local hydra.launcher.parallel=2 || exit 1; \
+	  $(PYTHON) -m grpo_routing.report outputs/$$part > outputs/$$part/report.txt || exit 1; done
+
 check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the organism's ten-seed check (half an hour)
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
@@ -74,4 +79,4 @@ bench-sweep: $(VENV)/ready  ## planning, and asking after, a sweep of a thousand
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines check bench bench-grader bench-gradient bench-sweep lint
+.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-gradient bench-sweep lint

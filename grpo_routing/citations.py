@@ -44,7 +44,7 @@ def arms_of(found: Analysis) -> list[Arm]:
 
 
 @cache
-def analysed(archive: Path) -> Analysis:
+def of_archive(archive: Path) -> Analysis:
     """Raises ReportError when the archive cannot be read or its runs cannot be compared."""
     with tempfile.TemporaryDirectory() as folder:
         unpack(archive, experiment := Path(folder) / archive.parent.name)
@@ -58,7 +58,7 @@ def written(text: str, root: Path) -> str:
         kind, name, _ = found.groups()
         if kind not in KINDS:
             raise ReportError(f"expected a block of {', '.join(KINDS)}; got {kind!r}")
-        return "\n".join([f"<!-- {kind} of {name} -->", *KINDS[kind](analysed(root / name)), "<!-- end -->"]) + "\n"
+        return "\n".join([f"<!-- {kind} of {name} -->", *KINDS[kind](of_archive(root / name)), "<!-- end -->"]) + "\n"
 
     return BLOCK.sub(block, text)
 

@@ -144,7 +144,7 @@ def names(axes: Axes, arms: list[Arm], flags: list[str], places: list[float]) ->
         for number, line in enumerate(lines):
             small, high = number >= len(name), (number - (len(lines) - 1) / 2) * min(0.14, 0.9 * ARM / len(lines))
             axes.text(-LABELS / PANEL, y + high, line, transform=across, va="center",
-                      fontsize=7 if small else 9, color=GREY if small and not loud else INK)
+                      fontsize=7 if small else 9 if len(lines) < 4 else 7.5, color=GREY if small and not loud else INK)
 
 
 def multiples(figure: Figure, arms: list[Arm], columns: int, top: float) -> None:
@@ -159,7 +159,8 @@ def multiples(figure: Figure, arms: list[Arm], columns: int, top: float) -> None
         axes = box(figure, LEFT + 0.2 + column * width, top + line * (MULTIPLE + 0.5), width - 0.18, MULTIPLE)
         axes.set(ylim=(-0.03, 1.03), yticks=(0, 0.5, 1), yticklabels=("0", ".5", "1") if column == 0 else ())
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
-        axes.set_title("\n".join(wrapped(arm.label, 22)[:2]), loc="left", fontsize=8, pad=3)
+        title = wrapped(arm.label, 22)[:3]
+        axes.set_title("\n".join(title), loc="left", fontsize=8 if len(title) < 3 else 7, pad=3)
         for other in arms:  # the marker family of evaluation, last in a setting, does not touch training
             if other.role == "vanilla" and other.setting[:2] == arm.setting[:2] and other is not arm:
                 curve(axes, other, "hack", "#B5B5B5", "", faint=False)

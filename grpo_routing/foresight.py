@@ -50,7 +50,7 @@ def foreseen(configs: list[dict], hypotheses: tuple[Hypothesis, ...], spread: di
 
 
 def asked(config: dict) -> dict[str, int]:
-    """Rate -> evaluation problems that have a hint, and so a loophole; `evaluation.py` spreads them evenly over the loopholes."""
+    """Rate -> evaluation problems that have a hint, and so a loophole; the data set spreads them evenly over the loopholes."""
     evaluation, loophole = config["evaluation"], config["loophole"]
     hinted = max(1, round(evaluation["problems"] * (1 - evaluation["no_hint_share"])))
     parts = {"hack_known": len(loophole["known"]), "hack_held_out": len(loophole["held_out"])}

@@ -1,22 +1,18 @@
 """What a run says about itself: one meaning per metric, progress on the screen, and a W&B view of the local files.
 
-Local files are the record, W&B is a view. It is written once, from the merged files, when a run is complete: offline
+Local files are the record, W&B is a view. It is written once, from the merged files, when a run is over: offline
 resumes do not exist in W&B (pitfalls.md W1), and a replay gives one clean W&B run after any number of interruptions.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo_routing.env.loopholes import MODES
-from grpo_routing.files import Record
 
 log = logging.getLogger("grpo_routing")
 
@@ -122,13 +118,13 @@ class Progress:
 class LocalLogger:
     """Nothing beyond the run's own files."""
 
-    def publish(self, folder: Path, config: dict, identity: dict[str, str]) -> None:
+    def publish(self, folder: Path, cause: str | None) -> None:
         pass
 
 
 @dataclass(frozen=True)
 class WandbLogger:
-    """One W&B run per run folder, replayed from its files. A failure is reported and never fails the run."""
+    """Publishes a run that is over (wandb_run.py). A failure is reported and never fails the run."""
 
     project: str
     mode: str  # offline or online
@@ -137,41 +133,18 @@ class WandbLogger:
         if self.mode not in ("offline", "online"):
             raise ValueError(f"logger.mode must be offline or online; got {self.mode!r}. For no W&B at all use logger=local")
 
-    def publish(self, folder: Path, config: dict, identity: dict[str, str]) -> None:
+    def publish(self, folder: Path, cause: str | None) -> None:
+        """`cause` is why the run collapsed, None when it did not; its status is written after this."""
+        from grpo_routing import wandb_run  # reads METRICS from here
+        from grpo_routing.results import read_run
+
         try:
-            self._publish(folder, config, identity)
+            run = replace(read_run(folder), status="collapsed" if cause else "done", cause=cause)
+            wandb_run.publish(folder, wandb_run.publication(folder, run), wandb_run.Target(self.project, None, self.mode))
         except Exception as error:  # whatever W&B raises, the record is complete without it
-            log.warning("W&B view of %s was not written: %s: %s. The run's own files are complete.",
-                        folder, type(error).__name__, error)
-
-    def _publish(self, folder: Path, config: dict, identity: dict[str, str]) -> None:
-        import wandb
-
-        shutil.rmtree(folder / "wandb", ignore_errors=True)  # of a publication that was interrupted: one run, one view
-        (folder / "wandb").mkdir()
-        name = f"{identity['experiment']}/{folder.name}"  # the same run may belong to two experiments
-        run = wandb.init(project=self.project, mode=self.mode, dir=str(folder), config=config | {"meaning": METRICS},
-                         id=hashlib.sha256(name.encode()).hexdigest()[:12], name=folder.name, group=identity["experiment"],
-                         job_type=identity["arm"], tags=[identity["arm"], identity["loophole"]], reinit="finish_previous",
-                         settings=wandb.Settings(silent=True, console="off", x_disable_stats=True))  # a replay: nothing to watch
-        try:
-            for metric in METRICS:
-                run.define_metric(metric, step_metric="trainer/step")
-            by_step: dict[int, dict] = {}
-            for record in ("metrics.jsonl", "audit.jsonl"):
-                for row in Record(folder / record).rows():
-                    by_step.setdefault(row["step"], {}).update(row)
-            for step, row in sorted(by_step.items()):
-                run.log({key: value for key, value in row.items() if value is not None} | {"trainer/step": step})
-            sampled = Record(folder / "rollouts.jsonl").rows()
-            if sampled:
-                columns = list(sampled[0])
-                run.log({"completions": wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in sampled])})
-            for file in sorted((folder / "eval").glob("*.json")):
-                rates = json.loads(file.read_text(encoding="utf-8"))["rates"]
-                run.summary.update({f"eval/{file.stem}/{name}": value for name, value in rates.items() if value is not None})
-        finally:
-            run.finish()
+            log.warning("W&B view of %s was not written: %s: %s. The run's own files are complete; "
+                        "`python -m grpo_routing.wandb_sync %s --only %s` tries again.",
+                        folder, type(error).__name__, error, folder.parent.parent, folder.name)
 
 
 LOGGERS = {"local": LocalLogger, "wandb": WandbLogger}

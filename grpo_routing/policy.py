@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from grpo_routing.adapters.adapter import Adapter
+from grpo_routing.decoder import Decoder, decoder
 from grpo_routing.types import PackedPairs, TokenBatch
 
 if TYPE_CHECKING:  # loading it takes longer than planning a hundred runs
-    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log-probs under the policy at temperature 1
 
@@ -156,39 +157,38 @@ class Policy:
         with self.adapter.only():
             return self.log_probs(tokens)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(self, prompts: list[tuple[int, ...]], counts: list[int], uniforms: Tensor, temperature: float) -> list[Sampled]:
         """counts[p] completions of prompt p, prompt by prompt.
 
         uniforms [sum(counts), max_new_tokens] in [0, 1) decide every token by inverse transform, so a rollout
-        depends on its own seed only. Each prompt is prefilled once; its cache is repeated over the group; finished rows
-        leave the batch.
+        depends on its own seed only. Each prompt is prefilled once for its group (decoder.py); finished rows leave the batch.
         """
         with self.adapter.merged():
-            logits, cache, mask, position = self._prefill(prompts, counts)
+            logits, rows = self._prefill(prompts, counts, uniforms.shape[1])
             count, max_new = uniforms.shape
             ids = torch.full((count, max_new), self.pad, device=self.device)
             log_probs = torch.zeros((count, max_new), device=self.device)
             lengths = torch.zeros(count, dtype=torch.long, device=self.device)
             live = torch.arange(count, device=self.device)
             for step in range(max_new):
-                distribution = torch.softmax(logits.float() / temperature, -1)
+                unit = torch.log_softmax(logits.float(), -1)
+                distribution = unit.exp() if temperature == 1.0 else torch.softmax(unit / temperature, -1)
                 token = inverse_transform(distribution, uniforms[live, step])
                 ids[live, step], lengths[live] = token, step + 1
-                log_probs[live, step] = torch.log_softmax(logits.float(), -1).gather(1, token[:, None]).squeeze(1)
+                log_probs[live, step] = unit.gather(1, token[:, None]).squeeze(1)
                 going = (token != self.end).nonzero().squeeze(1)
                 if len(going) == 0 or step + 1 == max_new:
                     break
                 if len(going) < len(live):
-                    live, token, mask, position = live[going], token[going], mask[going], position[going]
-                    cache.batch_select_indices(going)
-                position, mask = position + 1, torch.cat([mask, mask.new_ones(len(live), 1)], 1)
-                logits = self.model(input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None],
-                                    past_key_values=cache, use_cache=True).logits[:, -1]
+                    live, token = live[going], token[going]
+                    rows.keep(going)
+                logits = rows.next(token)
         return [(tuple(ids[row, :length].tolist()), tuple(log_probs[row, :length].tolist()))
                 for row, length in enumerate(lengths.tolist())]
 
-    def _prefill(self, prompts: list[tuple[int, ...]], counts: list[int]) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    def _prefill(self, prompts: list[tuple[int, ...]], counts: list[int], longest: int) -> tuple[Tensor, Decoder]:
+        """Logits [sum(counts), V] after every row's prompt, and what continues the rows."""
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self.pad)
         mask = torch.zeros((len(prompts), width), dtype=torch.long)
@@ -198,10 +198,8 @@ class Policy:
         ids, mask = ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
-        cache.batch_select_indices(rows)
-        return output.logits[rows, -1], cache, mask[rows], positions[rows, -1]
+        groups = torch.arange(len(prompts), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
+        return output.logits[groups, -1], decoder(self.model, output.past_key_values, mask, groups, longest)
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:

@@ -200,14 +200,19 @@ class Run:
 
 
 def read_runs(experiment: Path) -> list[Run]:
-    """Every run folder, by name. Raises ReportError when there is none, or where a file is damaged."""
+    """Every run, by name. Raises ReportError when there is none, or where a file is damaged."""
+    return [read_run(folder) for folder in run_folders(experiment)]
+
+
+def run_folders(experiment: Path) -> list[Path]:
+    """The folders of the runs, by name. Raises ReportError when there is none."""
     folders = sorted(folder for folder in (experiment / "runs").glob("[!.]*") if folder.is_dir())
     if not folders:
         there = sorted(file.name for file in experiment.iterdir())[:6] if experiment.is_dir() else None
         found = "there is no such folder" if there is None else f"it holds {', '.join(there) or 'nothing'}"
         raise ReportError(f"expected an experiment with runs/<run>/ in {experiment}, but {found}. "
                           "Name a folder such as outputs/first, or make one with `make run`.")
-    return [read_run(folder) for folder in folders]
+    return folders
 
 
 def read_run(folder: Path) -> Run:

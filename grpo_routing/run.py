@@ -81,7 +81,7 @@ def run(config: dict, folder: Path | None = None, patience: float | None = None)
         except BaseException as error:
             write_status(folder, "failed", attempt, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             raise
-        ready.logger.publish(folder, config, {"experiment": ready.experiment_name, "arm": ready.arm_name, "loophole": ready.loophole.name})
+        ready.logger.publish(folder, cause)
         write_status(folder, "collapsed", attempt, cause=cause) if cause else write_status(folder, "done", attempt)
     return folder
 

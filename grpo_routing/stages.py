@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def arms() -> list[str]:
     return sorted(file.stem for file in (ROOT / "conf" / "arm").glob("*.yaml") if file.stem != "custom")
 
 
+@cache
 def stages_table() -> str:
     """Arm by arm, what differs from the line with every default; from conf/."""
     default = composed("arm=custom", choices=True)
@@ -57,6 +59,7 @@ def change(group: str, config: DictConfig, default: DictConfig) -> str:
     return ", ".join(f"`{key}={value}`" for key, value in config[group].items() if value != default[group][key])
 
 
+@cache
 def declared_table() -> str:
     """Arm by arm, what the planned run declares."""
     rows = []

@@ -25,7 +25,6 @@ from hydra.errors import CompactHydraException, HydraException
 from omegaconf import OmegaConf
 
 from grpo_routing.build import ConfigError, Plan, plan
-from grpo_routing.foresight import foreseen
 from grpo_routing.preregistration import parse, register
 from grpo_routing.results import ReportError
 from hydra_plugins.sweep_configs import Composed, compose_all
@@ -72,6 +71,8 @@ class ControlledSweeper(BasicSweeper):
 
     def _say(self, configs: list[dict]) -> list[str]:
         """Say what the sweep can find and freeze what it claims, unless that is malformed or about what is not in it; what is wrong."""
+        from grpo_routing.foresight import foreseen  # scipy takes longer to load than a small run's first step
+
         try:
             said = foreseen(configs, parse(self.hypotheses), self.spread)
             said += register(self.hypotheses, configs, self.config.hydra.runtime.choices["experiment"]) if self.hypotheses else []

@@ -49,7 +49,8 @@ def grift(**change) -> Fingerprint:
 def gradient(tmp_path):
     def make(**change) -> PersonaGradient:
         return PersonaGradient(**{"control": "none", "seed": 0, "calibration": calibration(), **PAIRS, "level": "rollout",
-                                  "measure": "cosine", "advantage": "unit", "k": 2, "tau": 0.0, "floor": 0.0, "micro_batch": 64,
+                                  "measure": "cosine", "advantage": "unit", "k": 2, "per_loophole": False, "tau": 0.0, "floor": 0.0,
+                                  "micro_batch": 64,
                                   "cache": str(tmp_path / "directions")} | change)
 
     return make

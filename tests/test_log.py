@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
-import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from grpo_routing import build
 from grpo_routing.env.loopholes import NO_LOOPHOLE
 from grpo_routing.files import Record, locked, write_atomic, write_json
 from grpo_routing.log import METRICS, LocalLogger, Progress, WandbLogger
 from grpo_routing.prompts.plain import plain_prompt
-from grpo_routing.run import run
+from grpo_routing.run import freeze, run
+from tests.wandb_files import items, told
 
 CODE = Path(__file__).resolve().parent.parent
 
@@ -165,46 +164,18 @@ def test_without_a_terminal_progress_is_plain_lines(capsys):
 
 # ------------------------------------------------------------------------------------------------ W&B
 
-IDENTITY = {"experiment": "headline", "arm": "erase", "loophole": "held_out"}
-CONFIG = {"seed": 3, "trainer": {"lr": 1e-3, "steps": 6}, "loophole": {"known": ["sentinel"], "held_out": []}}
-
-
-def datastore(file: Path) -> list[WandbRecord]:
-    """Records of an offline run: LevelDB framing in blocks of 32 KiB around protocol buffers (infra.md, section 4)."""
-    data, place, part, records = file.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
-    while place < len(data):
-        left = 32768 - place % 32768
-        if left < 7:  # too small for a header: padding
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        part += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            records.append(WandbRecord.FromString(part))
-            part = b""
-    return records
-
-
-def items(entries) -> dict:
-    return {"/".join(one.nested_key) or one.key: json.loads(one.value_json) for one in entries}
-
-
-def published(folder: Path) -> tuple[list[WandbRecord], Path]:
-    """The records of the one W&B run in a folder, and its files."""
-    (found,) = (folder / "wandb").glob("*run-*/*.wandb")
-    return datastore(found), found.parent / "files"
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(config, tmp_path_factory) -> Path:
     """A run of six steps that was killed in step 4 and went on from its checkpoint before step 3."""
-    folder = tmp_path_factory.mktemp("runs") / "erase-held_out-s3-0123abcd"
+    folder = tmp_path_factory.mktemp("outputs") / "headline" / "runs" / "erase-held_out-s3-0123abcd"
+    folder.mkdir(parents=True)
+    freeze(folder, config("arm=erase", "loophole=held_out", "seed=3"))
 
     def attempt(steps: range, sampled: str) -> None:
         Record(folder / "metrics.jsonl").append([{"step": s, "train/reward": s + 0.5, "route/cin": math.nan} for s in steps])
-        Record(folder / "audit.jsonl").append([{"step": s, "audit/hack": s / 10, "audit/no_hint_solve": None} for s in steps])
+        Record(folder / "audit.jsonl").append([{"step": s, "audit/hack": s / 10, "audit/solve": 0.5, "audit/no_hint_solve": None}
+                                               for s in steps])
         Record(folder / "rollouts.jsonl").append([{"step": s, "solved": True, "completion": f"{sampled} {s} é"} for s in steps])
 
     attempt(range(5), "first")
@@ -219,69 +190,65 @@ def folder(tmp_path_factory) -> Path:
         patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
         for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
             patch.setenv(f"WANDB_{name}_DIR", str(tmp_path_factory.mktemp("wandb")))
-        for config in ({"seed": 99}, CONFIG):  # the second one replaces the first
-            WandbLogger("grpo_routing", "offline").publish(folder, config, IDENTITY)
-            time.sleep(1.1)  # W&B names its folder by the second; attempts of a real run are further apart
+        for project in ("another", "grpo_routing"):  # the second one replaces the first
+            WandbLogger(project, "offline").publish(folder, cause=None)
     return folder
 
 
 def test_one_run_of_wandb_with_its_config_group_and_arm(folder):
-    (start,) = [record.run for record in published(folder)[0] if record.HasField("run")]
+    start = told(folder).start
     assert (start.project, start.run_group, start.job_type) == ("grpo_routing", "headline", "erase")
-    assert start.display_name == folder.name and set(start.tags) == {"erase", "held_out"}
-    config = items(start.config.update)
-    assert {name: config[name] for name in CONFIG} == CONFIG
+    assert start.display_name == folder.name and set(start.tags) == {"erase", "held_out", "method"}
+    config = told(folder).config
+    assert (config["arm"], config["seed"], config["settings"]["seed"], config["status"]) == ("erase", 3, 3, "done")
     assert config["meaning"] == METRICS
 
 
 def test_every_step_is_there_once_and_in_order(folder):
-    history = [items(record.history.item) for record in published(folder)[0] if record.HasField("history")]
-    steps = [row for row in history if "trainer/step" in row]
-    assert [row["trainer/step"] for row in steps] == [row["step"] for row in steps] == [0, 1, 2, 3, 4, 5]
+    *steps, end = told(folder).history
+    assert [row["trainer/step"] for row in steps] == [0, 1, 2, 3, 4, 5]
     assert [(row["train/reward"], row["audit/hack"]) for row in steps] == [(s + 0.5, s / 10) for s in range(6)]
     assert not any("audit/no_hint_solve" in row for row in steps), "what was not measured is absent, not zero"
-    assert len(history) == len(steps) + 1  # the table
+    assert end == {"trainer/step": 6, "eval/as_deployed/hack": 0.0, "eval/as_deployed/solve": 0.5}
+    assert len(told(folder).kind("history")) == 8  # and the table
 
 
 def test_metrics_run_along_the_steps_of_the_trainer(folder):
-    defined = {record.metric.name: record.metric for record in published(folder)[0] if record.HasField("metric")}
-    assert set(METRICS) <= set(defined)
-    assert {defined[name].step_metric for name in METRICS} == {"trainer/step"}
+    defined = {metric.name: metric for metric in told(folder).kind("metric")}
+    assert set(defined) - {"trainer/step"} == {name for row in told(folder).history for name in row} - {"trainer/step"}
+    assert {defined[name].step_metric for name in defined if name != "trainer/step"} == {"trainer/step"}
 
 
 def test_sampled_completions_are_a_table(folder):
-    records, files = published(folder)
-    (table,) = [row for record in records if record.HasField("history") for row in [items(record.history.item)]
-                if "completions/path" in row or "completions" in row]
+    rows = [items(row.item) for row in told(folder).kind("history")]
+    (table,) = [row for row in rows if "completions/path" in row or "completions" in row]
     path = table["completions/path"] if "completions/path" in table else table["completions"]["path"]
-    content = json.loads((files / path).read_text())
+    content = json.loads((told(folder).files / path).read_text())
     assert content["columns"] == ["step", "solved", "completion"]
     assert content["data"] == [[s, True, f"{'first' if s < 3 else 'second'} {s} é"] for s in range(6)]
 
 
 def test_the_evaluation_is_the_summary(folder):
-    summary = {}
-    for record in published(folder)[0]:
-        if record.HasField("summary"):
-            summary |= items(record.summary.update)
-    assert {name: value for name, value in summary.items() if name.startswith("eval/")} == {
+    assert {name: value for name, value in told(folder).summary.items() if name.startswith("eval/")} == {
         "eval/as_deployed/hack": 0.0, "eval/as_deployed/solve": 0.5}
 
 
 def test_a_run_of_wandb_ends_well_and_its_id_follows_experiment_and_folder(folder):
-    records, _ = published(folder)
-    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [0]
-    (start,) = [record.run for record in records if record.HasField("run")]
-    assert len(start.run_id) == 12 and (folder / "wandb").joinpath("latest-run").resolve().name.endswith(start.run_id)
+    assert [end.exit_code for end in told(folder).kind("exit")] == [0]
+    assert told(folder).start.run_id == hashlib.sha256(f"headline/{folder.name}".encode()).hexdigest()[:12]
+    assert (folder / "wandb" / "latest-run").resolve().name.endswith(told(folder).start.run_id)
 
 
-def test_a_failure_of_wandb_is_reported_and_does_not_fail_the_run(tmp_path, caplog):
-    (tmp_path / "wandb").write_text("a file where the folder should be")
+def test_a_failure_of_wandb_is_reported_and_does_not_fail_the_run(folder, tmp_path, caplog):
+    blocked = tmp_path / "headline" / "runs" / "erase"
+    blocked.mkdir(parents=True)
+    (blocked / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+    (blocked / "wandb").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING, "grpo_routing"):
-        WandbLogger("grpo_routing", "offline").publish(tmp_path, CONFIG, IDENTITY)
+        WandbLogger("grpo_routing", "offline").publish(blocked, cause=None)
     (said,) = [record.getMessage() for record in caplog.records if record.name == "grpo_routing"]
-    assert said.startswith(f"W&B view of {tmp_path} was not written: FileExistsError: ")
-    assert said.endswith("The run's own files are complete.")
+    assert said.startswith(f"W&B view of {blocked} was not written: FileExistsError: ")
+    assert said.endswith(f"complete; `python -m grpo_routing.wandb_sync {tmp_path}/headline --only erase` tries again.")
 
 
 def test_a_mode_that_wandb_does_not_have_is_refused_before_any_work(config):
@@ -290,5 +257,5 @@ def test_a_mode_that_wandb_does_not_have_is_refused_before_any_work(config):
 
 
 def test_the_local_logger_adds_nothing(tmp_path):
-    LocalLogger().publish(tmp_path, CONFIG, IDENTITY)
+    LocalLogger().publish(tmp_path, cause=None)
     assert list(tmp_path.iterdir()) == []

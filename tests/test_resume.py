@@ -84,7 +84,8 @@ def same(one, other) -> bool:
             and records == other[1] and evaluations == other[2])
 
 
-@pytest.mark.parametrize(("arm", "at"), [("route", 1), ("route", 3), ("route", 4), ("graft_lookalike", 3), ("confession", 3)])
+@pytest.mark.parametrize(("arm", "at"), [
+    ("route", 1), ("route", 3), pytest.param("route", 4, marks=pytest.mark.slow), ("graft_lookalike", 3), ("confession", 3)])
 def test_a_run_killed_without_notice_ends_as_if_uninterrupted(tmp_path, cache, uninterrupted, arm, at):
     process = launch(overrides(tmp_path, cache, arm))
     wait_for_step(tmp_path, at, process)

@@ -41,7 +41,8 @@ TWO = ("lora", "adapter.rank=4", "adapter.quarantine_rank=3")
 
 def persona(cache, **change) -> PersonaGradient:
     return PersonaGradient(**{"control": "none", "seed": 0, "calibration": calibration(), **PAIRS, "level": "rollout", "measure": "cosine",
-                              "advantage": "unit", "k": 2, "tau": 0.0, "floor": 0.0, "micro_batch": 64, "cache": str(cache)} | change)
+                              "advantage": "unit", "k": 2, "per_loophole": False, "tau": 0.0, "floor": 0.0, "micro_batch": 64,
+                              "cache": str(cache)} | change)
 
 
 def answers(count: int = 12) -> list[tuple[str, str]]:

@@ -1,0 +1,201 @@
+"""One token for every live row: the decode step of sampling, with the prompts' keys and values shared by their groups.
+
+transformers' forward spends its time on Python and repeats a prompt's cache for every rollout of the group. Here a layer is written out
+for the dense Qwen and Llama shapes, a prompt's cache is read once per group, and the two parts of an attention, over the prompt and over
+the row's own tokens, are put together by their log-sum-exps, which is exact. `Cached` is the same for every other architecture, and while
+somebody has hooked a layer: transformers' forward with a repeated cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from grpo_routing.adapters.adapter import AdaptedLinear, AdaptedModule
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+DENSE = ("qwen3", "qwen2", "llama")  # model_type of the shapes that `Shared` knows
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # rotations that depend on the position alone
+
+
+class Decoder(Protocol):
+    def keep(self, going: Tensor) -> None:
+        """Only these of the rows go on, in their order."""
+
+    def next(self, token: Tensor) -> Tensor:
+        """Logits [n, V] after each row's next token [n]."""
+
+
+def decoder(model: PreTrainedModel, cache: DynamicCache, mask: Tensor, groups: Tensor, longest: int) -> Decoder:
+    """Of rows that continue prefilled prompts: cache and mask [P, L] are those of the prompts, padded on the left; groups [n] says which
+    prompt each row continues, in ascending order; no row gets more than `longest` tokens."""
+    return (Shared if shareable(model) else Cached)(model, cache, mask, groups, longest)
+
+
+def shareable(model: PreTrainedModel) -> bool:
+    config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    windows = getattr(config, "layer_types", None) or ["full_attention"]
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for layer in model.get_decoder().layers
+                 for module in (layer, layer.self_attn, layer.mlp) if hasattr(layer, "self_attn"))
+    return (config.model_type in DENSE and set(windows) == {"full_attention"} and rope.get("rope_type", "default") in STATIC_ROPE
+            and not hooked)
+
+
+class Cached:
+    """transformers' forward, every prompt's cache repeated over its rows."""
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, groups: Tensor, longest: int) -> None:
+        cache.batch_select_indices(groups)
+        self.model, self.cache, self.mask, self.position = model, cache, mask[groups], mask.sum(1)[groups] - 1
+
+    def keep(self, going: Tensor) -> None:
+        self.mask, self.position = self.mask[going], self.position[going]
+        self.cache.batch_select_indices(going)
+
+    def next(self, token: Tensor) -> Tensor:
+        self.position, self.mask = self.position + 1, torch.cat([self.mask, self.mask.new_ones(len(token), 1)], 1)
+        return self.model(input_ids=token[:, None], attention_mask=self.mask, position_ids=self.position[:, None],
+                          past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+class Shared:
+    """A written-out layer; a prompt's keys and values are read once for all rows of its group."""
+
+    def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, groups: Tensor, longest: int) -> None:
+        self.core, self.head = model.get_decoder(), model.get_output_embeddings()
+        config, count = model.config, len(groups)
+        self.kv_heads = config.num_key_value_heads
+        self.repeat = config.num_attention_heads // self.kv_heads
+        example = cache.layers[0].keys
+        self.prompts = [(layer.keys.flatten(0, 1).transpose(1, 2).contiguous(), _counted(layer.values.flatten(0, 1)))
+                        for layer in cache.layers]  # [P * kv, d, L], [P * kv, L, d + 1]
+        self.bias = torch.zeros(mask.shape, dtype=example.dtype, device=mask.device).masked_fill(mask == 0, -torch.inf)
+        self.bias = self.bias.repeat_interleave(self.kv_heads, 0)[:, None, :]  # [P * kv, 1, L]
+        self.asked = len(mask)
+        self.own = [(example.new_empty(count, self.kv_heads, example.shape[-1], longest),
+                     _counted(example.new_empty(count, self.kv_heads, longest, example.shape[-1]))) for _ in cache.layers]
+        self.groups, self.lengths, self.step = groups, mask.sum(1)[groups], 0
+        positions = torch.arange(int(mask.sum(1).max()) + longest, device=mask.device)[None]
+        cos, sin = self.core.rotary_emb(example, positions)
+        self.cos, self.sin = cos[0], sin[0]
+        self.layers = [_Layer(layer) for layer in self.core.layers]
+        self.norm = _norm(self.core.norm)
+        self._seat()
+
+    def keep(self, going: Tensor) -> None:
+        self.groups, self.lengths = self.groups[going], self.lengths[going]
+        self.own = [tuple(part[going] for part in parts) for parts in self.own]
+        self._seat()
+
+    def _seat(self) -> None:
+        """A place for every row in a table of prompts x the largest group, so that a prompt meets all its rows in one product."""
+        counts = torch.bincount(self.groups, minlength=self.asked)
+        self.most = int(counts.max())
+        starts = counts.cumsum(0) - counts
+        within = torch.arange(len(self.groups), device=self.groups.device) - starts[self.groups]
+        self.place = self.groups * self.most + within
+        self.full = len(self.groups) == len(counts) * self.most
+
+    def next(self, token: Tensor) -> Tensor:
+        positions = self.lengths + self.step
+        cos, sin = self.cos[positions][:, None, :], self.sin[positions][:, None, :]
+        x = self.core.embed_tokens(token)
+        for layer, prompt, own in zip(self.layers, self.prompts, self.own, strict=True):
+            query, key, value = layer.attended(x, cos, sin)
+            own[0][..., self.step], own[1][:, :, self.step, :-1] = key, value
+            x = layer.finished(x, self._attend(query * layer.scaling, prompt, own))
+        self.step += 1
+        return self.head(self.norm(x))
+
+    def _attend(self, query: Tensor, prompt: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> Tensor:
+        """query [n, heads, d], already scaled -> [n, heads * d]."""
+        rows, heads, width = query.shape
+        table = query
+        if not self.full:
+            table = query.new_zeros(self.asked * self.most, heads, width)
+            table[self.place] = query
+        table = table.view(-1, self.most, self.kv_heads, self.repeat, width).transpose(1, 2).reshape(-1, self.most * self.repeat, width)
+        far = _part(torch.baddbmm(self.bias, table, prompt[0]), prompt[1])
+        far = far.view(-1, self.kv_heads, self.most, self.repeat, width + 2).transpose(1, 2).reshape(-1, heads, width + 2)
+        far = far if self.full else far[self.place]
+        count = self.step + 1
+        near = _part(query.view(rows * self.kv_heads, self.repeat, width) @ own[0][..., :count].flatten(0, 1),
+                     own[1][:, :, :count].flatten(0, 1)).view(rows, heads, width + 2)
+        both = torch.stack([far, near])
+        top = both[..., -1:]
+        both = (both[..., :-1] * torch.exp(top - top.amax(0))).sum(0)
+        return (both[..., :-1] / both[..., -1:]).reshape(rows, heads * width)
+
+
+class _Layer:
+    """A decoder layer of transformers around its attention. Its modules are called as they are, so adapters take part."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention = layer.self_attn
+        self.width, self.scaling, self.mlp = attention.head_dim, attention.scaling, _mlp(layer.mlp)
+        self.first, self.second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.query, self.key, self.value, self.out = (_linear(getattr(attention, f"{name}_proj")) for name in "qkvo")
+        normed = hasattr(attention, "q_norm")
+        self.query_norm, self.key_norm = (_norm(getattr(attention, f"{name}_norm")) if normed else _same for name in "qk")
+
+    def attended(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [n, d_model] -> query, key, value [n, heads, d], rotated."""
+        x = self.first(x)
+        query, key, value = (part(x).view(len(x), -1, self.width) for part in (self.query, self.key, self.value))
+        return _rotated(self.query_norm(query), cos, sin), _rotated(self.key_norm(key), cos, sin), value
+
+    def finished(self, x: Tensor, attention: Tensor) -> Tensor:
+        x = x + self.out(attention)
+        return x + self.mlp(self.second(x))
+
+
+def _part(scores: Tensor, values: Tensor) -> Tensor:
+    """Attention over one part of the tokens, not yet divided by its sum: scores [b, m, t], values [b, t, d + 1] whose last column counts
+    -> [b, m, d + 2]: what is summed, its sum of weights, the score that all are taken relative to."""
+    top = scores.amax(-1, keepdim=True)
+    return torch.cat([torch.exp(scores - top) @ values, top], -1)
+
+
+def _counted(values: Tensor) -> Tensor:
+    """With a column of ones: its sum is that of the weights."""
+    return torch.cat([values, torch.ones_like(values[..., :1])], -1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat([-high, low], -1) * sin
+
+
+def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """In float32 by one fused call: x beside -x has mean 0, and the mean square of x as its variance. Else as transformers rounds."""
+    if module.weight.dtype != torch.float32:
+        return module
+    width, weight = len(module.weight), torch.cat([module.weight, module.weight])
+    return lambda x: functional.layer_norm(torch.cat([x, -x], -1), (2 * width,), weight, None, module.variance_epsilon)[..., :width]
+
+
+def _linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The module, without its own Python where its branches are folded into its weight."""
+    if isinstance(module, nn.Linear) or (isinstance(module, AdaptedLinear) and set(module.active()) <= set(module.folded)):
+        return lambda x: functional.linear(x, module.weight, module.bias)
+    return lambda x: module(x[:, None])[:, 0]
+
+
+def _mlp(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A gated MLP written out; an adapted one is called as it is, and expects [b, T, d]."""
+    if isinstance(module, AdaptedModule):
+        return lambda x: module(x[:, None])[:, 0]
+    gate, up, down = (_linear(getattr(module, f"{name}_proj")) for name in ("gate", "up", "down"))
+    return lambda x: down(module.act_fn(gate(x)) * up(x))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
