@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from grpo_routing.adapters.svd import decompose
 from grpo_routing.checkpoint import save_checkpoint
 from grpo_routing.export_card import portable
 from grpo_routing.finished import UnusableRun, load
-from grpo_routing.run import run
+from grpo_routing.run import frozen, run
 from grpo_routing.train import State
 
 ADAPTERS = {"lora": ["adapter.quarantine_rank=4"], "svd": ["adapter.axes=disjoint"], "mlp": ["adapter.quarantine_width=4"]}
-SMALL = ["loophole=held_out", "evaluation.problems=8", "trainer.prompts_per_step=2", "trainer.group=2", "experiment_name=e"]
+SMALL = ["loophole=held_out", "dataset.train_problems=8", "evaluation.problems=8", "trainer.prompts_per_step=2", "trainer.group=2",
+         "experiment_name=e"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
@@ -53,6 +55,14 @@ def finished(config, tmp_path_factory) -> dict[str, Path]:
 def exported(folder: Path, out: Path, *words: str) -> Path:
     assert export.main([str(folder), str(out), *words]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def unsampled(finished, tmp_path_factory):
+    """unsampled(adapter, form) -> an export without its evaluation, made once; tests do not change it."""
+    place = tmp_path_factory.mktemp("exports")
+    made = cache(lambda adapter, form: exported(finished[adapter], place / f"{adapter}-{form}", "--format", form, "--no-evaluate"))
+    return lambda adapter, form="merged": made(adapter, form)
 
 
 def refused(capsys, folder: Path, out: Path, *words: str) -> str:
@@ -102,12 +112,11 @@ def test_the_files_are_the_deployed_policy_with_its_answers_and_rates(finished, 
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_weights_are_the_base_and_the_block_by_hand(finished, tmp_path, adapter):
+def test_weights_are_the_base_and_the_block_by_hand(finished, unsampled, adapter):
     """From the checkpoint's tensors and the papers' formulas, in float64."""
-    out = exported(finished[adapter], tmp_path / "out", "--no-evaluate")
+    out, plan = unsampled(adapter), build.plan(frozen(finished[adapter]))
     weights, own = load_file(out / "model.safetensors"), states(finished[adapter])
-    base, _ = build.plan(load(finished[adapter]).config).model.load()
-    before = base.state_dict()
+    before = plan.model.load()[0].state_dict()
     changed = {name for name in weights if weights[name].shape != before[name].shape or not torch.equal(weights[name], before[name])}
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")[4 if adapter == "mlp" else 0 :]
     assert {name.rsplit(".", 2)[-2] for name in changed} == set(kinds) and len(changed) == 2 * len(kinds)
@@ -116,7 +125,7 @@ def test_weights_are_the_base_and_the_block_by_hand(finished, tmp_path, adapter)
         if adapter == "lora":
             wanted = old + 2.0 * own[f"deployed/{module}/B"].double() @ own[f"deployed/{module}/A"].double()
         elif adapter == "svd":
-            u, vh = decompose(before[name], Path(load(finished[adapter]).plan.adapter.cache))
+            u, vh = decompose(before[name], Path(plan.adapter.cache))
             wanted = old + u[:, 0::2].double() @ torch.diag(own[f"deployed/{module}/dS"].double()) @ vh[0::2].double()
         else:
             block, _, part = module.rpartition(".")
@@ -130,23 +139,22 @@ def test_weights_are_the_base_and_the_block_by_hand(finished, tmp_path, adapter)
 
 
 @pytest.mark.parametrize(("adapter", "form"), [*((name, "merged") for name in ADAPTERS), ("lora", "peft")])
-def test_a_quarantine_of_nans_changes_no_byte_of_the_weights(finished, tmp_path, adapter, form):
+def test_a_quarantine_of_nans_changes_no_byte_of_the_weights(finished, unsampled, tmp_path, adapter, form):
     spoilt = shutil.copytree(finished[adapter], tmp_path / finished[adapter].name)
     file = spoilt / "checkpoints" / (spoilt / "checkpoints" / "latest").read_text() / "state.safetensors"
     tensors = load_file(file)
     there = [name for name in tensors if name.startswith("adapter/quarantine/")]
     save_file({name: torch.full_like(value, torch.nan) if name in there else value for name, value in tensors.items()}, file)
     assert there and torch.isnan(load(spoilt).policy.adapter.state()[there[0].removeprefix("adapter/")]).all()
-    places = {"a": spoilt, "b": finished[adapter]}
-    outs = [exported(place, tmp_path / name, "--format", form, "--no-evaluate") for name, place in places.items()]
+    outs = [exported(spoilt, tmp_path / "out", "--format", form, "--no-evaluate"), unsampled(adapter, form)]
     files = sorted(file.relative_to(outs[0]) for file in outs[0].rglob("*.safetensors"))
     assert files and all((outs[0] / file).read_bytes() == (outs[1] / file).read_bytes() for file in files)
     assert all(torch.isfinite(value).all() for file in files for value in load_file(outs[0] / file).values())
 
 
 @pytest.mark.parametrize(("adapter", "form"), [*((name, "merged") for name in ADAPTERS), ("lora", "peft")])
-def test_no_name_and_no_number_of_the_quarantine_is_stored(finished, tmp_path, adapter, form):
-    out = exported(finished[adapter], tmp_path / "out", "--format", form, "--no-evaluate")
+def test_no_name_and_no_number_of_the_quarantine_is_stored(finished, unsampled, adapter, form):
+    out = unsampled(adapter, form)
     secret = [value for name, value in states(finished[adapter]).items() if name.startswith(QUARANTINE)]
     numbers = torch.cat([value.flatten() for value in secret])
     stored = {name: value for file in out.rglob("*.safetensors") for name, value in load_file(file).items()}
@@ -192,7 +200,7 @@ def test_a_lora_in_pefts_layout_is_the_same_policy(finished, tmp_path, capsys):
     assert (said["peft_type"], said["r"], said["lora_alpha"], said["use_rslora"]) == ("LORA", 8, 16, False)
     assert said["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     base, merged = (load_file(place / "model.safetensors") for place in (out / "base", whole))
-    plain, _ = build.plan(load(finished["lora"]).config).model.load()
+    plain, _ = build.plan(frozen(finished["lora"])).model.load()
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in base.items())
     names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
     assert len(tensors) == 2 * len(names) == 2 * 14 and all(name.startswith("base_model.model.model.layers.") for name in tensors)
@@ -278,8 +286,8 @@ def test_only_places_are_changed_in_the_cards_config():
     assert said == {"output": "outputs", "cache": "outputs/cache", "model": {"path": "/x/outside"}, "seeds": ["outputs/cache/a", 1]}
 
 
-def test_without_sampling_the_card_says_so(finished, tmp_path):
-    card = (exported(finished["lora"], tmp_path / "out", "--no-evaluate") / "README.md").read_text()
+def test_without_sampling_the_card_says_so(unsampled):
+    card = (unsampled("lora") / "README.md").read_text()
     assert "| **exported, this folder** | – | – | – | – | – |" in card and "not sampled again" in card and "--no-evaluate`" in card
 
 
@@ -339,8 +347,8 @@ def test_mlps_without_one_width_are_refused(finished):
         export.refuse_unfit(loaded, "merged")
 
 
-def test_other_tokens_or_numbers_that_are_none_are_refused(finished, tmp_path):
-    out, loaded = exported(finished["lora"], tmp_path / "out", "--no-evaluate"), load(finished["lora"])
+def test_other_tokens_or_numbers_that_are_none_are_refused(finished, unsampled):
+    out, loaded = unsampled("lora"), load(finished["lora"])
     asked = export_check.answers(loaded)
     with loaded.policy.adapter.only(DEPLOYED):
         wanted = export_check.log_probs(loaded.policy, asked)
