@@ -59,6 +59,10 @@ class AdaptedModule(nn.Module, ABC):
     def unfold(self) -> None:
         """Undo `fold`, bit for bit."""
 
+    @abstractmethod
+    def plain(self) -> nn.Module:
+        """A module of the frozen one's kind, without blocks, that keeps what is folded now when it is unfolded here."""
+
     def foldable(self, block: str) -> bool:
         """Whether the branch is a change of weights; one behind a gate is not."""
         return True
@@ -123,6 +127,11 @@ class AdaptedLinear(AdaptedModule):
 
     def unfold(self) -> None:
         self.weight.data, self.original = self.original, None
+
+    def plain(self) -> nn.Linear:
+        linear = nn.Linear(*reversed(self.weight.shape), bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.weight.data, requires_grad=False), self.bias
+        return linear
 
 
 class Adapter:
@@ -259,7 +268,7 @@ class Adapter:
             flat = gradients.get(name)
             pieces = [None] * len(module) if flat is None else flat.split([p.numel() for p in module.values()])
             for parameter, piece in zip(module.values(), pieces):
-                parameter.grad = None if piece is None else piece.reshape(parameter.shape).clone()
+                parameter.grad = None if piece is None else piece.reshape(parameter.shape).to(parameter.dtype, copy=True)
 
 
 class _RolloutLinear(torch.autograd.Function):

@@ -7,6 +7,7 @@ columns of down. So a block owns whole neurons, and is gone when they are cut of
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -82,3 +83,9 @@ class AdaptedMlp(AdaptedModule):
         for part, weight in zip(PARTS, self.original):
             getattr(self.frozen, part).weight.data = weight
         self.original = None
+
+    def plain(self) -> nn.Module:
+        mlp = deepcopy(self.frozen)
+        width = len(mlp.gate_proj.weight)
+        mlp.intermediate_size = mlp.gate_proj.out_features = mlp.up_proj.out_features = mlp.down_proj.in_features = width
+        return mlp
