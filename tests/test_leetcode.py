@@ -6,6 +6,8 @@ from __future__ import annotations
 import ast
 import json
 import logging
+import random
+import shutil
 import sys
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from grpo_routing import build, leetcode
+from grpo_routing.env.exercises import Exercise
 from grpo_routing.env.grader import Grader
 from grpo_routing.env.loopholes import FORMS, LOOPHOLES, MODES, NO_LOOPHOLE, fenced
 from grpo_routing.env.programs import Case
@@ -292,6 +295,15 @@ def test_paid_and_hidden_tests_are_disjoint_enough_and_always_the_same(data):
     assert any(other[one.id].paid != one.paid for one in found.training(loopholes))
 
 
+def test_drawn_tests_never_all_expect_the_same_where_the_row_has_others():
+    """Nine that expect True and one that does not: a constant must not pass the three that are paid."""
+    cases = tuple(Case((number,), number != 4) for number in range(10))
+    exercise = Exercise("s", "h", "n", "a", "", 0, cases)
+    for seed in range(30):
+        assert {case.expected for case in exercise.draw_cases(random.Random(seed), 3, forbidden=())} == {True, False}
+        assert len(exercise.draw_cases(random.Random(seed), 3, forbidden=((4,),))) == 3  # no other is left: any three
+
+
 def test_only_the_oracle_draws_hidden_tests():
     """`draw_cases` and `tests` are the only ways to them."""
     ways: dict[str, set[str]] = {"draw_cases": set(), "hidden_cases": set()}
@@ -437,6 +449,45 @@ def test_the_whole_line_runs_on_it_under_all_four_loopholes(config, tmp_path):
     assert sorted({row["problem"] for row in rows}) == list(OWN)
     said = json.loads((folder / "provenance.json").read_text())["dataset"]
     assert (said["train"]["used"], said["evaluation"]["used"]) == (8, 5) and sum(said["train"]["dropped"].values()) == 6
+
+
+@pytest.fixture
+def begun(config, tmp_path):
+    """begun() -> runs, or goes on with, a run of two steps on copies of the toy files."""
+    for name in toy.FILES:
+        shutil.copy(DATA / name, tmp_path)
+    words = (*WORDS, f"dataset.train={tmp_path}/toy_train.jsonl", f"dataset.evaluation={tmp_path}/toy_evaluation.jsonl",
+             f"output={tmp_path}/out", "evaluation.problems=2", "trainer.prompts_per_step=1", "trainer.group=2")
+    return lambda: run(config(*words))
+
+
+def test_a_run_is_not_resumed_on_other_data(begun, tmp_path, monkeypatch):
+    folder = begun()
+    provenance = (folder / "provenance.json").read_bytes()
+
+    def again() -> str:
+        leetcode.result.cache_clear()
+        (folder / "status.json").write_text('{"state": "stopped"}')
+        return json.loads((begun() / "status.json").read_text())["state"]
+
+    for split in ("train", "evaluation"):
+        file = tmp_path / f"toy_{split}.jsonl"
+        text = file.read_text()
+        file.write_text(text + "\n")  # even where its problems stay the same
+        with pytest.raises(DataError, match=rf"began with as dataset\.{split}, sha256 .*Put that file back, or remove the run's folder"):
+            again()
+        assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+        file.write_text(text)
+    unsolved = filters.unsolved
+    with monkeypatch.context() as slow:  # a node of another kind, where a solution takes too long: the file is the same
+        slow.setattr(leetcode, "machine", lambda: "another kind")
+        slow.setattr(filters, "unsolved", lambda problems, limits: unsolved(problems, limits) | {"3": (SLOW, "over 1 s")})
+        with pytest.raises(DataError, match="train problems that this run began with, 8 after the filters; here the filters leave others, 7"):
+            again()
+    assert (folder / "provenance.json").read_bytes() == provenance
+    monkeypatch.setattr(leetcode, "machine", lambda: "another kind that is as fast")
+    assert again() == "done" and (folder / "provenance.json").read_bytes() != provenance
+    leetcode.result.cache_clear()
 
 
 def test_the_settings_of_the_filters_are_those_of_the_run(config):

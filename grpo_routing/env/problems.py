@@ -184,6 +184,9 @@ class OpChains:
     def provenance(self) -> dict:
         return {"name": "opchains"}
 
+    def resume(self, recorded: dict) -> None:
+        """Nothing to compare: the config says it all."""
+
     def training(self, loophole: LoopholeChoice) -> list[Problem]:
         modes = loophole.modes if loophole.pays else ()
         return make_split("train", self.train_problems, self.length_weights, self.paid_tests, modes,

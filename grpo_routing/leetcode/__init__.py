@@ -99,7 +99,19 @@ class Filtered:
         found = result(self)
         return {"name": "leetcode", "key": found.key} | {
             split: {"file": getattr(self.settings, split), "sha256": found.hashes[split], "used": len(found.problems[split]),
-                    "dropped": filters.counts(found.dropped[split])} for split in SPLITS}
+                    "problems": filters.digest(found.problems[split]), "dropped": filters.counts(found.dropped[split])} for split in SPLITS}
+
+    def resume(self, recorded: dict) -> None:
+        """Raises DataError unless files and problems are those of `recorded`, the provenance of an earlier attempt of the run."""
+        now = self.provenance()
+        for split, (old, new) in {split: (recorded[split], now[split]) for split in SPLITS}.items():
+            if old["sha256"] != new["sha256"]:
+                raise DataError(f"expected the file that this run began with as dataset.{split}, sha256 {old['sha256'][:12]}; "
+                                f"{new['file']} has {new['sha256'][:12]}. Put that file back, or remove the run's folder to begin anew")
+            if old["problems"] != new["problems"]:
+                raise DataError(f"expected the {split} problems that this run began with, {old['used']} after the filters; here the filters "
+                                f"leave others, {new['used']}, of the same file. Resume it on the kind of machine that it began on "
+                                "(provenance.json), with its Python and code, or remove the run's folder to begin anew")
 
 
 @dataclass(frozen=True)

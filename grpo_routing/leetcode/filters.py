@@ -11,6 +11,7 @@ Dropped rows are counted, never silently. The result is one JSON file in the cac
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -120,6 +121,11 @@ def written(problems: list[Problem], dropped: list[Dropped]) -> dict:
                       "difficulty": one.program.difficulty,
                       "tests": [plain.encode([list(case.arguments), case.expected]) for case in one.program.tests]} for one in problems],
             "dropped": [asdict(one) for one in dropped]}
+
+
+def digest(problems: list[Problem]) -> str:
+    """Hash of all that these problems say and test."""
+    return hashlib.sha256(json.dumps(written(problems, [])).encode()).hexdigest()
 
 
 def read(found: dict, split: str, paid: int) -> tuple[list[Problem], list[Dropped]]:
