@@ -77,6 +77,13 @@ class Policy:
         mask = packed.weight != 0
         return self._chosen(before[mask], packed.ids[mask], mask)
 
+    @property
+    def packs(self) -> bool:
+        """Whether two answers may share a row behind a mask of their own: a recurrent layer would read one into the other, and
+        flash attention takes no such mask."""
+        config = self.model.config
+        return "linear_attention" not in (getattr(config, "layer_types", None) or ()) and config._attn_implementation in ("sdpa", "eager")
+
     def _hidden(self, **inputs: Tensor) -> Tensor:
         return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 

@@ -30,8 +30,7 @@ NEEDS = {  # what an option cannot be built without
     ("extra_rollouts", "anchor"): ["adapter.quarantine_rank=2"],
     ("extra_rollouts", "teacher"): ["extra_rollouts.pool={pool}"],
     ("dataset", "leetcode"): [f"dataset.train={DATA}/toy_train.jsonl", f"dataset.evaluation={DATA}/toy_evaluation.jsonl"],
-    ("model", "qwen3_0_6b"): ["model.device=cpu"],
-    ("model", "qwen3_4b"): ["model.device=cpu"],
+    **{("model", file.stem): ["model.device=cpu"] for file in (CONF / "model").glob("qwen3_*.yaml")},
 }
 
 

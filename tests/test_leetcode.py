@@ -419,12 +419,14 @@ def hub(monkeypatch, tmp_path):
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
     snapshot.mkdir(parents=True)
+    (older := snapshot.with_name("b" * 40)).mkdir()
+    write(older / "train.jsonl", [changed(2)])
     return write(snapshot / "train.jsonl", [changed(1)])
 
 
 def test_a_file_of_the_hub_is_taken_from_its_cache_when_there_is_no_network(hub):
     assert place.located("hub:toys/problems/train.jsonl") == hub
-    assert place.located(f"hub:toys/problems@{'a' * 40}/train.jsonl") == hub
+    assert place.located(f"hub:toys/problems@{'b' * 40}/train.jsonl") == hub.parent.with_name("b" * 40) / "train.jsonl"
     with pytest.raises(DataError, match="hub:toys/problems/test.jsonl could not be had from the hub .*; download it where there is a net"):
         place.located("hub:toys/problems/test.jsonl")
 
@@ -482,7 +484,7 @@ def test_a_run_is_not_resumed_on_other_data(begun, tmp_path, monkeypatch):
     with monkeypatch.context() as slow:  # a node of another kind, where a solution takes too long: the file is the same
         slow.setattr(leetcode, "machine", lambda: "another kind")
         slow.setattr(filters, "unsolved", lambda problems, limits: unsolved(problems, limits) | {"3": (SLOW, "over 1 s")})
-        with pytest.raises(DataError, match="train problems that this run began with, 8 after the filters; here the filters leave others, 7"):
+        with pytest.raises(DataError, match="train problems that this run began with, 8 after the filters; here .* leave others, 7"):
             again()
     assert (folder / "provenance.json").read_bytes() == provenance
     monkeypatch.setattr(leetcode, "machine", lambda: "another kind that is as fast")

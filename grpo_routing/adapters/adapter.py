@@ -25,6 +25,8 @@ DEPLOYED, QUARANTINE = "deployed", "quarantine"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
            "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "in_proj_qkvz", "in_proj_ba", "out_proj")
 
+EXPERTS = {"experts", "shared_expert", "shared_experts"}  # see tokens in one heap, of which no row is a rollout: they stay frozen
+
 Parameters = dict[str, Tensor]  # parameter name -> tensor, with a leading rollout dimension during the gradient forward
 Leaves = dict[str, dict[str, list[Tensor]]]  # block -> module -> leaves [b, ...]
 
@@ -310,7 +312,12 @@ def generator_for(*name: object) -> torch.Generator:
 
 
 def is_target(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS
+    return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS and not is_expert(name)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a module is a part of a mixture of experts."""
+    return not EXPERTS.isdisjoint(name.split("."))
 
 
 def wrap(model: nn.Module, make, target=is_target, wanted: str = f"linear named {', '.join(TARGETS)}") -> Adapter:

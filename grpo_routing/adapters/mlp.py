@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedModule, Adapter, Parameters, generator_for, rollout_linear, wrap
+from grpo_routing.adapters.adapter import (
+    DEPLOYED,
+    QUARANTINE,
+    AdaptedModule,
+    Adapter,
+    Parameters,
+    generator_for,
+    is_expert,
+    rollout_linear,
+    wrap,
+)
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -53,7 +63,7 @@ class Mlp:
 
 
 def is_mlp(name: str, module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, part, None), nn.Linear) for part in PARTS) and hasattr(module, "act_fn")
+    return all(isinstance(getattr(module, part, None), nn.Linear) for part in PARTS) and hasattr(module, "act_fn") and not is_expert(name)
 
 
 class AdaptedMlp(AdaptedModule):

@@ -40,8 +40,12 @@ def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_bat
 def pair_differences(policy: Policy, pairs: list[Pair], first: str, second: str, micro_batch: int) -> dict[str, Tensor]:
     """g(first) - g(second) per pair and module: name -> [N, D]; first and second name fields of Pair.
 
-    Both answers of a pair share a row and so the prompt's forward and backward (types.PackedPairs).
+    Both answers of a pair share a row and so the prompt's forward and backward (types.PackedPairs), where the model allows it.
     """
+    if not policy.packs:
+        one, other = (completion_gradients(policy, [(pair.prompt, getattr(pair, field)) for pair in pairs], micro_batch)
+                      for field in (first, second))
+        return {name: rows - other[name] for name, rows in one.items()}
     prompts = policy.encode_prompts([pair.prompt for pair in pairs])
     ones, others = (policy.encode_all([getattr(pair, field) for pair in pairs]) for field in (first, second))
     triples = [(prompt, (*one, policy.end), (*other, policy.end)) for prompt, one, other in zip(prompts, ones, others)]
