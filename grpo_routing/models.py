@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -60,10 +61,6 @@ class HubModel:
     def _no_device(self) -> str | None:
         if self.device not in ("cpu", "cuda") and not self.device.removeprefix("cuda:").isdecimal():
             return f"model.device must be cpu, cuda or cuda:<number>; got {self.device!r}"
-        if self.device != "cpu" and not torch.cuda.is_available():
-            build = f"torch {torch.__version__}, built {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}"
-            return (f"model.device={self.device} but torch sees no GPU here ({build}); run where there is one, with a torch for its CUDA "
-                    "(docs/real_models.md), or use model.device=cpu (slow) or model=organism")
         return None
 
     def _no_dtype(self) -> str | None:
@@ -108,9 +105,13 @@ class HubModel:
         return f"hub-{Path(self.path).name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
 
     def read(self, folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Raises ModelError."""
+        """Raises ModelError. A GPU is asked for here: sweeps are planned where there is none."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        if self.device != "cpu" and not torch.cuda.is_available():
+            build = f"torch {torch.__version__}, built {'for CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}"
+            raise ModelError(f"model.device={self.device} but torch sees no GPU here ({build}); run where there is one, with a torch for "
+                             "its CUDA (docs/real_models.md), or use model.device=cpu (slow) or model=organism")
         asked = None if self.attn_implementation == AUTO else self.attn_implementation
         model = self._had(lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[self.precision], attn_implementation=asked))
         chosen = model.config._attn_implementation
@@ -118,13 +119,13 @@ class HubModel:
                  "" if asked else f" (chosen by auto; others: {', '.join(one for one in ATTENTION if one != chosen)})")
         return model.to(self.device), AutoTokenizer.from_pretrained(folder)
 
-    def _had(self, load):
+    def _had(self, load: Callable) -> Any:
         try:
             return load()
         except (OSError, ValueError, ImportError) as problem:  # no network or file, an architecture or attention that is not there
-            raise ModelError(f"model.path={self.path} could not be loaded ({type(problem).__name__}: {str(problem).strip().splitlines()[0]}). "
-                             "On a node without a network give the folder of a model that was downloaded elsewhere: hf download "
-                             f"{self.path if '/' in self.path else 'OWNER/NAME'} --local-dir FOLDER, then model.path=FOLDER") from problem
+            raise ModelError(f"model.path={self.path} could not be loaded ({type(problem).__name__}: {str(problem).splitlines()[0]}). On a "
+                             f"node without a network give the folder of a model that was downloaded elsewhere: hf download {self.path} "
+                             "--local-dir FOLDER, then model.path=FOLDER") from problem
 
 
 MODELS = {"organism": OrganismRecipe, "tiny_random": OrganismRecipe, "hub": HubModel}

@@ -4,6 +4,7 @@ say exactly is refused, and then nothing is left."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -133,6 +134,14 @@ def test_weights_are_the_base_and_the_block_by_hand(finished, unsampled, adapter
         assert weights[name].shape == wanted.shape and torch.allclose(weights[name].double(), wanted, rtol=0, atol=1e-6), name
     said = json.loads((out / "config.json").read_text())
     assert said["intermediate_size"] == 64 + 16 * (adapter == "mlp")
+
+
+def test_a_widened_mlp_says_how_wide_it_is(finished):
+    adapter = load(finished["mlp"]).policy.adapter
+    with adapter.only(DEPLOYED), adapter.merged():
+        mlp = next(iter(adapter.modules.values())).plain()
+    assert [mlp.intermediate_size, mlp.gate_proj.out_features, mlp.up_proj.out_features, mlp.down_proj.in_features] == [80] * 4
+    assert [len(mlp.gate_proj.weight), len(mlp.up_proj.weight), mlp.down_proj.weight.shape[1]] == [80] * 3
 
 
 # ------------------------------------------------------------------------------------------------ nothing of the quarantine
@@ -302,7 +311,12 @@ def test_a_folder_that_is_taken_is_refused_and_an_empty_one_is_used(finished, tm
     for name in ("full", "file"):
         assert "is taken. Name another one, or remove it" in refused(capsys, finished["lora"], tmp_path / name)
     assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "mine"
-    assert (exported(finished["lora"], tmp_path / "empty", "--no-evaluate") / "model.safetensors").exists()
+    left = tmp_path / f".empty.{os.getpid()}.part"  # by a process that was killed and had our number
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    (left / "stale").write_text("stale")
+    out = exported(finished["lora"], tmp_path / "empty", "--no-evaluate")
+    assert (out / "model.safetensors").exists() and not (out / "stale").exists() and not left.exists()
 
 
 @pytest.fixture

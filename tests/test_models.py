@@ -219,19 +219,16 @@ def test_the_presets_differ_in_their_path_alone(config):
     assert presets["qwen3_4b"]["dtype"] == presets["qwen3_4b"]["attn_implementation"] == "auto"
 
 
-def test_auto_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(hub_model, monkeypatch):
-    here = hub_model()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    there = replace(here, device="cuda:1")
+def test_auto_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(hub_model):
+    here, there = hub_model(), hub_model("model.device=cuda:1")
     assert (here.precision, there.precision, replace(there, dtype="float32").precision) == ("float32", "bfloat16", "float32")
     assert len({here.origin, there.origin, replace(there, dtype="float32").origin, replace(there, device="cuda:0").origin}) == 3
 
 
 @pytest.mark.parametrize(("words", "messages"), [
-    (["model.device=cuda", "model.dtype=half"],
-     ["model.device=cuda but torch sees no GPU here (torch 2", "or use model.device=cpu (slow) or model=organism",
+    (["model.device=gpu", "model.dtype=half"],
+     ["model.device must be cpu, cuda or cuda:<number>; got 'gpu'",
       "model.dtype must be one of auto, float32, bfloat16, float16; got 'half'"]),
-    (["model.device=gpu"], ["model.device must be cpu, cuda or cuda:<number>; got 'gpu'"]),
     (["model.attn_implementation=flash"], ["model.attn_implementation must be one of auto, sdpa, eager, flash_attention_2; got 'flash'"]),
     (["model.attn_implementation=flash_attention_2"],
      ["flash_attention_2 needs a GPU (model.device=cpu) and half precision (model.dtype=auto) and the package flash-attn, which is not "
@@ -241,10 +238,16 @@ def test_auto_is_bfloat16_on_a_gpu_and_float32_on_a_cpu(hub_model, monkeypatch):
 ])
 def test_what_cannot_be_loaded_is_refused_when_it_is_planned(hub_model, monkeypatch, words, messages):
     monkeypatch.setattr(models, "find_spec", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(build.ConfigError) as error:
         hub_model(*words)
     assert all(message in str(error.value) for message in messages), error.value
+
+
+def test_a_login_node_plans_for_a_gpu_and_a_run_without_one_says_so(hub_model, folders, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = hub_model("model.device=cuda", f"model.path={folders['qwen3']}")
+    with pytest.raises(ModelError, match=r"model.device=cuda but torch sees no GPU here \(torch 2.* or use model.device=cpu \(slow\)"):
+        model.load()
 
 
 def test_a_hub_name_without_a_network_says_how_to_get_a_folder(hub_model, monkeypatch, tmp_path):

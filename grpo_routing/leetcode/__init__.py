@@ -109,7 +109,7 @@ class Filtered:
                 raise DataError(f"expected the file that this run began with as dataset.{split}, sha256 {old['sha256'][:12]}; "
                                 f"{new['file']} has {new['sha256'][:12]}. Put that file back, or remove the run's folder to begin anew")
             if old["problems"] != new["problems"]:
-                raise DataError(f"expected the {split} problems that this run began with, {old['used']} after the filters; here the filters "
+                raise DataError(f"expected the {split} problems that this run began with, {old['used']} after the filters; here they "
                                 f"leave others, {new['used']}, of the same file. Resume it on the kind of machine that it began on "
                                 "(provenance.json), with its Python and code, or remove the run's folder to begin anew")
 
