@@ -41,7 +41,7 @@ def test_every_command_of_the_page_runs_on_a_small_folder(tmp_path):
     done = subprocess.run(["bash"], input=script(tmp_path), text=True, cwd=ROOT, env=own, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     runs = {folder.name.split("-")[0] for folder in (tmp_path / "sweep" / "runs").iterdir()}
-    assert runs == {"vanilla", "erase", "erase_random", "penalty_lookalike", "penalty_lookalike_random"}
+    assert runs == {"vanilla", "graft", "graft_rate_matched"}
     assert all(json.loads((folder / "status.json").read_text())["state"] == "done" for folder in (tmp_path / "sweep" / "runs").iterdir())
     assert (tmp_path / "sweep" / "report.html").exists() and (tmp_path / "exported" / "model.safetensors").exists()
     assert (tmp_path / "exported_lora" / "adapter_model.safetensors").exists()
