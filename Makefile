@@ -4,6 +4,8 @@ X ?= outputs/first
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTHON3 ?= python3
+# Where torch comes from, such as https://download.pytorch.org/whl/cu126 for an older driver; empty: the package index.
+TORCH_INDEX ?=
 
 help:  ## this menu
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -12,7 +14,7 @@ setup: $(VENV)/ready  ## make the virtual environment (.venv), nothing else
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON3) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -21,6 +21,7 @@ from grpo_routing.env.grader import Grader
 from grpo_routing.env.problems import LoopholeChoice, OpChains, Problem
 from grpo_routing.extra_rollouts import EXTRA_ROLLOUTS
 from grpo_routing.health import Tripwire
+from grpo_routing.leetcode import Filtered, LeetCode
 from grpo_routing.log import LOGGERS
 from grpo_routing.mask_sources import MASK_SOURCES
 from grpo_routing.models import MODELS
@@ -40,9 +41,10 @@ class ConfigError(ValueError):
     """The config cannot be run; the message lists every problem with its legal choices."""
 
 
+DATASETS = {"opchains": OpChains, "leetcode": LeetCode}
 # A group with a dict offers a choice by name; a group with a class has one shape whatever its file is called.
 GROUPS: dict[str, type | dict[str, type]] = {
-    "model": MODELS, "dataset": {"opchains": OpChains}, "loophole": LoopholeChoice, "reward": Reward, "sandbox": SandboxLimits,
+    "model": MODELS, "dataset": DATASETS, "loophole": LoopholeChoice, "reward": Reward, "sandbox": SandboxLimits,
     "projection": PROJECTIONS, "mask_source": MASK_SOURCES, "advantage": ADVANTAGES, "prompt": PROMPTS, "sampling": SAMPLINGS,
     "extra_rollouts": EXTRA_ROLLOUTS, "optimizer": OPTIMIZERS, "adapter": ADAPTERS, "trainer": Trainer,
     "health": Tripwire, "evaluation": Evaluation, "logger": LOGGERS,
@@ -56,7 +58,7 @@ class Plan:
     """One run, checked: an object per group."""
 
     model: Any
-    dataset: OpChains
+    dataset: OpChains | Filtered
     loophole: LoopholeChoice
     reward: Reward
     sandbox: SandboxLimits
@@ -109,6 +111,7 @@ def plan(config: dict) -> Plan:
         raise ConfigError("\n".join(problems))
     for doubt in doubtful(parts):
         warn(doubt)
+    parts["dataset"] = parts["dataset"].on(parts["model"], parts["sandbox"])
     return Plan(**parts, **{key: config[key] for key in SCALARS})
 
 

@@ -86,7 +86,8 @@ class Policy:
 
     @cached_property
     def packs(self) -> bool:
-        """Whether completions can share a row: every layer attends to all positions, by an implementation that takes a mask of ours."""
+        """Whether completions can share a row behind a mask of ours: every layer attends to all positions (a recurrent one would read one
+        into the other), by an implementation that takes such a mask (flash attention does not)."""
         config = self.model.config
         kinds = getattr(config, "layer_types", None) or (["full_attention"] if config.model_type in DENSE else ["unknown"])
         return set(kinds) == {"full_attention"} and config._attn_implementation in ("sdpa", "eager")

@@ -93,7 +93,9 @@ def execute(ready: Plan, folder: Path, attempt: dict) -> str | None:
     policy = build_policy(ready)
     limits = asdict(ready.sandbox)
     with Sandbox(**limits) as sandbox, stop_signals() as asked_to_stop:
-        write_json(folder / "provenance.json", attempt | {"sandbox": sandbox.layers, "model": policy.fingerprint})
+        resume_data(folder, ready)
+        write_json(folder / "provenance.json", attempt | {
+            "sandbox": sandbox.layers, "model": policy.fingerprint, "dataset": ready.dataset.provenance()})
         grader = Grader(sandbox, ready.reward.format_reward, ready.reward.pass_reward, memory=100_000)
         oracle = Oracle(sandbox, ready.dataset.hidden_tests)
         audit = Audit(oracle, folder, ready.loophole.known, ready.loophole.held_out, ready.trainer.sampled_rollouts,
@@ -194,9 +196,17 @@ def examiner(ready: Plan, folder: Path, line: Line, oracle: Oracle) -> Callable[
 def base_key(ready: Plan, policy: Policy) -> str:
     """What the untrained policy's evaluation depends on: every arm of a sweep has the same one, so it is sampled once."""
     adapter = {key: value for key, value in asdict(ready.adapter).items() if key not in ("seed", "cache")}
-    parts = (policy.fingerprint, type(ready.adapter).__name__, adapter, ready.evaluation, ready.dataset, ready.loophole, ready.reward,
-             ready.sandbox, ready.trainer.max_new_tokens, ready.trainer.prompts_per_forward, torch.get_num_threads())
+    parts = (policy.fingerprint, type(ready.adapter).__name__, adapter, ready.evaluation, ready.dataset.identity, ready.loophole,
+             ready.reward, ready.sandbox, ready.trainer.max_new_tokens, ready.trainer.prompts_per_forward, torch.get_num_threads())
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def resume_data(folder: Path, ready: Plan) -> None:
+    """Raises DataError where an earlier attempt had other problems: files may change, and what was learned is of the old ones."""
+    file = folder / "provenance.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if "dataset" in before:  # older runs did not record it, and had opchains alone
+        ready.dataset.resume(before["dataset"])
 
 
 def resume(folder: Path, line: Line, state: State) -> None:

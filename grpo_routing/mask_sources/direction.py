@@ -45,7 +45,7 @@ def pair_differences(policy: Policy, pairs: list[Pair], first: str, second: str,
     if not policy.packs:
         one, other = (completion_gradients(policy, [(pair.prompt, getattr(pair, field)) for pair in pairs], micro_batch)
                       for field in (first, second))
-        return {name: one[name] - other[name] for name in one}
+        return {name: rows - other[name] for name, rows in one.items()}
     prompts = policy.encode_prompts([pair.prompt for pair in pairs])
     ones, others = (policy.encode_all([getattr(pair, field) for pair in pairs]) for field in (first, second))
     groups = [(prompt, [(*one, policy.end), (*other, policy.end)]) for prompt, one, other in zip(prompts, ones, others)]
