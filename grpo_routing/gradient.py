@@ -88,12 +88,13 @@ def rollout_gradients(policy: Policy, tokens: TokenBatch, advantages: Tensor, lo
     `advantages` is [B]. Rows whose advantage is zero have a zero gradient when beta is 0 and are not computed.
     `old_log_probs` [B, T-1] defaults to the current policy (ratio exactly 1).
     """
-    adapter = policy.adapter
+    adapter, world = policy.adapter, policy.world
     width = tokens.ids.shape[1] - 1
     old_all = advantages.new_zeros(len(tokens), width) if old_log_probs is None else old_log_probs
     grads = {block: {name: advantages.new_zeros(len(tokens), flat.numel()) for name, flat in adapter.flatten(block).items()}
              for block in blocks}
     active = [row for row in range(len(tokens)) if loss.kl_weight or forward.aid or float(advantages[row]) != 0.0]
+    active = world.share(active)
     losses, kl_sum, ratio_sum, count = advantages.new_zeros(len(tokens)), 0.0, 0.0, 0
     for start in range(0, len(active), micro_batch):
         rows = active[start : start + micro_batch]
@@ -119,5 +120,8 @@ def rollout_gradients(policy: Policy, tokens: TokenBatch, advantages: Tensor, lo
             gap = (reference - log_probs.detach())[mask]
             kl_sum += float((torch.exp(gap) - gap - 1).sum())
         losses[rows] = value.detach().to(losses)
-    return GradientResult({block: RolloutGrads(own) for block, own in grads.items()}, losses, old_all,
+    if old_log_probs is None:
+        old_all = world.sum("log-probs", old_all)
+    kl_sum, ratio_sum, count = (sum(parts) for parts in zip(*world.joined("losses", [(kl_sum, ratio_sum, count)])))
+    return GradientResult({block: RolloutGrads(own, world) for block, own in grads.items()}, world.sum("losses", losses), old_all,
                           kl_sum / max(count, 1) if loss.kl_weight else float("nan"), ratio_sum / max(count, 1))

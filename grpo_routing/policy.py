@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo_routing.adapters.adapter import Adapter
 from grpo_routing.decoder import Decoder, decoder
+from grpo_routing.parallel import ALONE, World
 from grpo_routing.types import PackedPairs, TokenBatch
 
 if TYPE_CHECKING:  # loading it takes longer than planning a hundred runs
@@ -25,8 +26,10 @@ Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log
 
 
 class Policy:
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter) -> None:
-        self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
+    """`world` are the processes that work with copies of this policy."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter, world: World = ALONE) -> None:
+        self.model, self.tokenizer, self.adapter, self.world = model.eval(), tokenizer, adapter, world
         self.end = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
         # Pairs are read again at every refit and prompts in every epoch; tokenizing them anew costs as much as a layer.

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_routing.parallel import ALONE, World
+
 STUDENT, TEACHER, ANCHOR = "student", "teacher", "anchor"
 
 
@@ -114,9 +116,13 @@ class PackedPairs:
 
 @dataclass(frozen=True)
 class RolloutGrads:
-    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5)."""
+    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5).
+
+    Of a run in several processes each holds the rows that it computed, zeros in place of the others; what is asked of them is of all.
+    """
 
     modules: dict[str, Tensor]  # name -> [B, D_module], float32
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         counts = {len(rows) for rows in self.modules.values()}
@@ -126,16 +132,22 @@ class RolloutGrads:
     def summed(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Gradient of the batch; `weights` [B] (or a boolean choice of rows) multiply the rollouts. All ones change no bit."""
         if weights is None or bool((weights == 1).all()):
-            return {name: grad.sum(0) for name, grad in self.modules.items()}
-        return {name: weights.to(grad) @ grad for name, grad in self.modules.items()}
+            own = {name: grad.sum(0) for name, grad in self.modules.items()}
+        else:
+            own = {name: weights.to(grad) @ grad for name, grad in self.modules.items()}
+        return self.world.sums("gradients", own)
 
     def scaled(self, factors: Tensor) -> RolloutGrads:
         """The same gradients times one factor per rollout [B], such as the advantage of each."""
-        return RolloutGrads({name: factors.to(grad)[:, None] * grad for name, grad in self.modules.items()})
+        return RolloutGrads({name: factors.to(grad)[:, None] * grad for name, grad in self.modules.items()}, self.world)
 
     def norms(self) -> Tensor:
         """Length of each rollout's whole gradient, [B]."""
-        return torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0).sqrt()
+        return self.world.sum("norms", torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0)).sqrt()
+
+    def along(self, axes: dict[str, Tensor]) -> Tensor:
+        """Inner product of each rollout's gradient with one axis [D] per module, [B]."""
+        return self.world.sum("along", torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0))
 
 
 @dataclass(frozen=True)

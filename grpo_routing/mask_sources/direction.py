@@ -125,9 +125,8 @@ def alignment(grads: RolloutGrads, basis: Basis, cosine: bool = True) -> Tensor:
     A rollout without gradient has no score: nan.
     """
     axes = {name: rows.sum(0) for name, rows in basis.modules.items()}
-    along = torch.stack([grads.modules[name] @ axis for name, axis in axes.items()]).sum(0)
     length = torch.stack([axis.square().sum() for axis in axes.values()]).sum().sqrt()
-    norms = grads.norms()
+    along, norms = grads.along(axes), grads.norms()
     return torch.where(norms > 0, along / (norms * length if cosine else length).clamp_min(1e-30), torch.nan)
 
 
