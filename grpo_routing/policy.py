@@ -104,10 +104,14 @@ class Policy:
 
         Layer 0 is the embedding. Raises ValueError for a layer that the model lacks.
         """
-        states = self.hidden_states(tokens)
-        if strange := [layer for layer in layers if not -len(states) <= layer < len(states)]:
-            raise ValueError(f"the model has hidden states 0 to {len(states) - 1}; got layers {strange}")
-        return [pool(states[layer], tokens, position) for layer in layers]
+        if strange := [layer for layer in layers if not -self.depth - 1 <= layer <= self.depth]:
+            raise ValueError(f"the model has hidden states 0 to {self.depth}; got layers {strange}")
+
+        def read(part: TokenBatch) -> dict[int, Tensor]:
+            states = self.hidden_states(part)
+            return {place: pool(states[layer], part, position) for place, layer in enumerate(layers)}
+
+        return list(self._apart(tokens, read).values())
 
     @torch.no_grad()
     def hidden_states(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
@@ -133,12 +137,23 @@ class Policy:
     @torch.no_grad()
     def pooled_coordinates(self, tokens: TokenBatch, position: str) -> dict[str, Tensor]:
         """What each adapted module reads, in the deployed block's own coordinates, pooled over the completion: name -> [b, r]."""
-        return self._read(tokens, lambda module, x: pool(module.coordinates(x), tokens, position))
+        return self._apart(tokens, lambda part: self._read(part, lambda module, x: pool(module.coordinates(x), part, position)))
 
     @torch.no_grad()
     def branch_norms(self, tokens: TokenBatch, block: str) -> dict[str, Tensor]:
         """Length of what a block adds at scale 1, mean over the completion: name -> [b]."""
-        return self._read(tokens, lambda module, x: pool(module.branch(x, block).norm(dim=-1, keepdim=True), tokens, "mean").squeeze(1))
+        def norm(module, x: Tensor, part: TokenBatch) -> Tensor:
+            return pool(module.branch(x, block).norm(dim=-1, keepdim=True), part, "mean").squeeze(1)
+
+        return self._apart(tokens, lambda part: self._read(part, lambda module, x: norm(module, x, part)))
+
+    def _apart(self, tokens: TokenBatch, read: Callable[[TokenBatch], dict]) -> dict:
+        """What `read` gives of every row, name -> [b, ...], each process reading its share of the rows."""
+        if self.world.size == 1:
+            return read(tokens)
+        own = self.world.share(range(len(tokens)))
+        parts = self.world.joined("activations", [{name: value.cpu() for name, value in read(tokens.rows(own)).items()}] if own else [])
+        return {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
 
     def _read(self, tokens: TokenBatch, reading: Callable) -> dict[str, Tensor]:
         """reading(module, its input) of every adapted module, from one forward."""

@@ -71,7 +71,7 @@ def run(config: dict, folder: Path | None = None, patience: float | None = None)
         ready = plan(config)
         folder = folder or run_folder(config, ready)
         if world.size > 1:
-            world.agree("the start", flat({"folder": str(folder.absolute()), "config": config, "code": code_identity()}))
+            world.agree("the start", flat({"config": config, "code": code_identity(), "folder": str(folder.absolute())}))
         if world.leads:
             return lead(config, ready, folder, patience, world)
         if not world.told("whether the run is over", bool):

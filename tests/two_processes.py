@@ -15,19 +15,27 @@ import torch
 from grpo_routing import build, parallel
 from grpo_routing import run as running
 from grpo_routing.env.grader import Grade
+from grpo_routing.extra_rollouts import confession
 from grpo_routing.train import State, train_step
 
 
 def paid(problems, completions):
     """An environment in which every completion earns something of its own: an untrained model earns nothing from the real one."""
-    drawn = [int(hashlib.sha256(f"{problem.id} {text}".encode()).hexdigest(), 16) for problem, text in zip(problems, completions, strict=True)]
+    drawn = [int(hashlib.sha256(f"{problem.id} {text}".encode()).hexdigest(), 16)
+             for problem, text in zip(problems, completions, strict=True)]
     return [Grade(number % 5 / 4, number % 2 == 0, number % 3 > 0) for number in drawn]
 
 
-def steps(config: dict, world: parallel.World, count: int = 3) -> dict:
+def spoken(confession: str) -> bool:
+    """What a confession says, of a model that cannot say yes or no yet."""
+    return len(confession) % 2 == 0
+
+
+def steps(config: dict, world: parallel.World, count: int = 2) -> dict:
     """What `count` steps of the line leave behind."""
     plan = build.plan(config)
     policy, ids, scores = build.build_policy(plan, world), [], []
+    start = {name: value.clone() for name, value in policy.adapter.state().items()}
 
     def audit(step, problems, rollouts, grades, labels):
         ids.append([rollout.completion_ids for rollout in rollouts])
@@ -37,7 +45,7 @@ def steps(config: dict, world: parallel.World, count: int = 3) -> dict:
     state = State(plan.optimizer.start(policy.adapter))
     rows = [train_step(line, state) for _ in range(count)]
     return {"ids": ids, "scores": scores, "rows": rows, "weights": policy.adapter.state(), "optimizer": state.optimizer.state(),
-            "memory": state.memory}
+            "memory": state.memory, "start": start}
 
 
 def whole_run(config: dict, rank: int, at: int = -1, what: str = "") -> dict:
@@ -45,7 +53,7 @@ def whole_run(config: dict, rank: int, at: int = -1, what: str = "") -> dict:
 
     def happens(line, state):
         if state.step == at and rank == 1:
-            if what == "error":
+            if what == "error":  # raised while process 0 samples
                 raise ZeroDivisionError("the second GPU is on fire")
             if what == "not finite":
                 raise FloatingPointError("loss is inf")
@@ -56,7 +64,9 @@ def whole_run(config: dict, rank: int, at: int = -1, what: str = "") -> dict:
     try:
         return {"folder": str(running.run(config))}
     except BaseException as error:
-        return {"error": type(error).__name__, "said": str(error), "notes": getattr(error, "__notes__", [])}
+        return {"error": type(error).__name__, "said": str(error)}
+    finally:
+        running.train_step = train_step
 
 
 def words(config: dict, rank: int) -> dict:
@@ -66,7 +76,7 @@ def words(config: dict, rank: int) -> dict:
 
 
 def main(jobs: list[dict], result: Path) -> None:
-    rank = int(os.environ["RANK"])
+    rank, confession.parsed = int(os.environ["RANK"]), spoken
     found = {}
     for job in jobs:
         os.environ["MASTER_PORT"] = str(job["port"])
