@@ -42,7 +42,8 @@ ARMS = {
     "masked by fingerprints": ["arm=sourced", "mask_source=fingerprint"],
     "confession": ["arm=confession", "extra_rollouts.judge.false_positive=0.5"],
 }
-RUN = (*SMALL, "arm=graft_lookalike", FLAGS, "mask_source.pilot=2", "advantage=penalty", "trainer.steps=4")
+RUN = (*SMALL, "arm=graft_lookalike", FLAGS, "mask_source.pilot=2", "advantage=penalty", "trainer.steps=4",
+       "trainer.checkpoint_every=3")
 CLOSE = 1e-4  # of how far the weights moved; measured: 4e-6
 
 
@@ -186,7 +187,7 @@ def test_a_process_that_is_gone_ends_the_other_at_once(stage):
     assert found[0]["SIGKILL"]["error"] == "ProcessLost" and "SIGKILL" not in found[1]
     said = status(folder_of(root, "SIGKILL"))
     assert said["state"] == "failed" and "process 0 of 2 lost another one" in said["error"]
-    assert (folder_of(root, "SIGKILL") / "checkpoints" / "latest").read_text() == "step-000001"
+    assert len(Record(folder_of(root, "SIGKILL") / "metrics.jsonl").rows()) == 1
 
 
 def test_processes_that_were_started_otherwise_are_refused_with_both_values(stage):
