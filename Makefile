@@ -59,7 +59,7 @@ baselines: $(VENV)/ready  ## penalty, screening, routing, modification, prompts 
 evidence: $(VENV)/ready  ## the headline, four times its steps, each loophole held out, ablations, with their claims: many hours; it resumes
 	for part in headline headline_long held_out ablations; do \
 	  $(PYTHON) -m grpo_routing -m experiment=$$part hydra/launcher=local hydra.launcher.parallel=2 || exit 1; \
-	  $(PYTHON) -m grpo_routing.report outputs/$$part > outputs/$$part/report.txt || exit 1; done
+	  $(PYTHON) -m grpo_routing.report outputs/$$part $$(test $$part = ablations && echo --without-controls) > outputs/$$part/report.txt || exit 1; done
 
 check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the organism's ten-seed check (half an hour)
 	$(PYTHON) -m grpo_routing.env.check

@@ -42,10 +42,17 @@ def shareable(model: PreTrainedModel) -> bool:
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     windows = getattr(config, "layer_types", None) or ["full_attention"]
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for layer in model.get_decoder().layers
-                 for module in (layer, layer.self_attn, layer.mlp) if hasattr(layer, "self_attn"))
+    hooked = any(_hooked(module) for layer in model.get_decoder().layers if hasattr(layer, "self_attn")
+                 for module in (layer, layer.self_attn, layer.mlp))
     return (config.model_type in DENSE and set(windows) == {"full_attention"} and rope.get("rope_type", "default") in STATIC_ROPE
             and not hooked)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """By somebody. transformers leaves its own hooks behind at the first call for hidden states, which do nothing outside such a call: a
+    run that went on would decode by another path than the one that resumed it."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
 class Cached:

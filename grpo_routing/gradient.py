@@ -3,22 +3,27 @@
     loss of rollout i:  -(1/Z) sum_t [ min(rho_t A_i, clip(rho_t) A_i) - beta K3_t ]      Z = prompts * group * max_new_tokens
 
 Z is a constant (Dr.GRPO, Liu et al. 2025, arXiv:2503.20783): it depends neither on lengths nor on masks nor on extra
-rollouts, so the micro-batch size cannot change a result. Rollouts do not interact, so with beta = 0 and ratio 1 the
+rollouts, so neither the micro-batch size nor which rollouts share one (those of like length, so that little is padding) can change
+a result. Rollouts do not interact, so with beta = 0 and ratio 1 the
 gradient of rollout i is A_i times that of advantage 1 (graft.md §6.1.10): everything that is decided about a rollout may be
 decided after the backward.
+
+What was decided before it needs sums only: with `asked` no rollout's gradient outlives its micro-batch, so that memory grows with the
+micro-batch and not with the batch. Decisions that read gradients keep all of them, [B, D] a block.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient
+from grpo_routing.parallel import World
 from grpo_routing.policy import Policy
-from grpo_routing.types import RolloutGrads, TokenBatch
+from grpo_routing.types import Asked, RolloutGrads, RolloutSums, TokenBatch, weighted
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class GradientResult:
-    grads: dict[str, RolloutGrads]  # per block
+    grads: dict[str, RolloutGrads | RolloutSums]  # per block; sums where only they were asked for
     losses: Tensor  # [B], detached
     old_log_probs: Tensor  # [B, T-1], detached; the reference point of further inner steps
     kl: float  # mean K3 over completion tokens, nan when beta is 0
@@ -74,54 +79,95 @@ class GradientResult:
     def loss(self) -> float:
         return float(self.losses.sum())
 
-    def scaled(self, advantages: Tensor) -> GradientResult:
-        """This result of advantage 1, turned into that of `advantages` [B] (beta = 0, ratio 1)."""
-        grads = {block: rows.scaled(advantages) for block, rows in self.grads.items()}
-        return GradientResult(grads, self.losses * advantages, self.old_log_probs, self.kl, self.ratio)
+    def scaled(self, advantages: Tensor, asked: dict[str, Asked]) -> GradientResult:
+        """What is asked of this result of advantage 1 as that of `advantages` [B] (beta = 0, ratio 1)."""
+        grads = {block: rows.answer(asked[block], advantages) for block, rows in self.grads.items()}
+        return replace(self, grads=grads, losses=self.losses * advantages)
 
 
 def rollout_gradients(policy: Policy, tokens: TokenBatch, advantages: Tensor, loss: PolicyLoss, micro_batch: int,
                       old_log_probs: Tensor | None = None, blocks: tuple[str, ...] = (DEPLOYED,),
-                      forward: Forward = Forward()) -> GradientResult:
-    """Per-rollout gradients of these blocks.
+                      forward: Forward = Forward(), asked: dict[str, Asked] | None = None) -> GradientResult:
+    """The gradient of every rollout in these blocks or, with `asked` (per block), only the sums asked of them.
 
     `advantages` is [B]. Rows whose advantage is zero have a zero gradient when beta is 0 and are not computed.
     `old_log_probs` [B, T-1] defaults to the current policy (ratio exactly 1).
     """
     adapter, world = policy.adapter, policy.world
-    width = tokens.ids.shape[1] - 1
-    old_all = advantages.new_zeros(len(tokens), width) if old_log_probs is None else old_log_probs
-    grads = {block: {name: advantages.new_zeros(len(tokens), flat.numel()) for name, flat in adapter.flatten(block).items()}
-             for block in blocks}
-    active = [row for row in range(len(tokens)) if loss.kl_weight or forward.aid or float(advantages[row]) != 0.0]
-    active = world.share(active)
-    losses, kl_sum, ratio_sum, count = advantages.new_zeros(len(tokens)), 0.0, 0.0, 0
-    for start in range(0, len(active), micro_batch):
-        rows = active[start : start + micro_batch]
+    old_all = torch.zeros_like(tokens.completion_mask, dtype=advantages.dtype) if old_log_probs is None else old_log_probs
+    sizes = {block: {name: flat.numel() for name, flat in adapter.flatten(block).items()} for block in blocks}
+    kept = {block: (Summing(asked[block], sizes[block], advantages, world) if asked else Keeping(sizes[block], advantages, world))
+            for block in blocks}
+    active = list(range(len(tokens))) if loss.kl_weight or forward.aid else advantages.nonzero().flatten().tolist()
+    losses, kl_sum, ratio_sum, count = torch.zeros_like(advantages), 0.0, 0.0, 0
+    for rows in of_like_length(tokens, world.share(active), micro_batch):
         part = tokens.rows(rows)
-        reach = part.completion_mask.shape[1]
+        mask = part.completion_mask
+        reach = mask.shape[1]
         with adapter.per_rollout(len(rows), blocks, **forward.rows(rows)) as leaves, adapter.watched() if forward.aid else nullcontext():
             log_probs = policy.log_probs(part)
             old = log_probs.detach() if old_log_probs is None else old_log_probs[rows, :reach]
             reference = policy.reference_log_probs(part) if loss.kl_weight else None
-            value = loss(log_probs, old, reference, advantages[rows], part.completion_mask)
+            value = loss(log_probs, old, reference, advantages[rows], mask)
             if forward.aid:
                 value = value + forward.aid(part, rows)
             value.sum().backward()
             for block, own in leaves.items():
                 for name, module in own.items():
-                    grads[block][name][rows] = flat_gradient(module)
+                    kept[block].add(name, rows, flat_gradient(module))
+        log_probs, losses[rows] = log_probs.detach(), value.detach().to(losses)
         if old_log_probs is None:
-            old_all[rows, :reach] = log_probs.detach()
-        mask = part.completion_mask
+            old_all[rows, :reach] = log_probs.to(old_all)
         count += int(mask.sum())
-        ratio_sum += float(torch.exp(log_probs.detach() - old)[mask].sum())
+        ratio_sum += float(torch.exp(log_probs - old)[mask].sum())
         if loss.kl_weight:
-            gap = (reference - log_probs.detach())[mask]
+            gap = (reference - log_probs)[mask]
             kl_sum += float((torch.exp(gap) - gap - 1).sum())
-        losses[rows] = value.detach().to(losses)
     if old_log_probs is None:
         old_all = world.sum("log-probs", old_all)
     kl_sum, ratio_sum, count = (sum(parts) for parts in zip(*world.joined("losses", [(kl_sum, ratio_sum, count)])))
-    return GradientResult({block: RolloutGrads(own, world) for block, own in grads.items()}, world.sum("losses", losses), old_all,
+    return GradientResult({block: own.result() for block, own in kept.items()}, world.sum("losses", losses), old_all,
                           kl_sum / max(count, 1) if loss.kl_weight else float("nan"), ratio_sum / max(count, 1))
+
+
+def of_like_length(tokens: TokenBatch, rows: list[int], size: int) -> list[list[int]]:
+    """Micro-batches of at most `size` rows of like length, the longest first: what does not fit fails at once. Within one the rows keep
+    their order, so that a batch which fits in one is the batch itself."""
+    lengths = tokens.lengths().tolist()
+    ordered = sorted(rows, key=lambda row: -lengths[row])
+    return [sorted(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+
+
+class Keeping:
+    """Keeps every rollout's gradient of a block; rollouts that never come have none."""
+
+    def __init__(self, sizes: dict[str, int], like: Tensor, world: World) -> None:
+        self.world = world
+        self.modules = {name: like.new_zeros(len(like), size) for name, size in sizes.items()}
+
+    def add(self, name: str, rows: list[int], flat: Tensor) -> None:
+        self.modules[name][rows] = flat.to(self.modules[name])
+
+    def result(self) -> RolloutGrads:
+        return RolloutGrads(self.modules, self.world)
+
+
+class Summing:
+    """Answers what is asked of the gradients of a block from their micro-batches, module by module."""
+
+    def __init__(self, asked: Asked, sizes: dict[str, int], like: Tensor, world: World) -> None:
+        self.asked, self.world = asked, world
+        self.sums = [{name: like.new_zeros(size) for name, size in sizes.items()} for _ in asked.sums]
+        self.squares, self.inner = torch.zeros_like(like), torch.zeros_like(like)
+
+    def add(self, name: str, rows: list[int], flat: Tensor) -> None:
+        for weights, sums in zip(self.asked.sums, self.sums):
+            sums[name] += weighted(flat, weights[rows])
+        if self.asked.axes is not None:
+            self.squares[rows] += flat.square().sum(1)
+            if name in self.asked.axes:
+                self.inner[rows] += flat @ self.asked.axes[name]
+
+    def result(self) -> RolloutSums:
+        sums = [self.world.sums("gradients", own) for own in self.sums]
+        return RolloutSums(self.asked, sums, self.world.sum("norms", self.squares).sqrt(), self.world.sum("along", self.inner))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo_routing.adapters.adapter import Adapter
 from grpo_routing.decoder import Decoder, decoder
+from grpo_routing.head import chosen_log_probs
 from grpo_routing.parallel import ALONE, World
 from grpo_routing.types import PackedPairs, TokenBatch
 
@@ -84,13 +85,8 @@ class Policy:
         return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
     def _chosen(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """Log-probs of `targets` [n] from hidden states [n, d], put where `mask` is True.
-
-        Logits exist at completion positions only: at a vocabulary of 150k those of all positions would not fit.
-        """
-        logits = self.model.get_output_embeddings()(hidden)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        picked = torch.log_softmax(wide, -1).gather(1, targets[:, None]).squeeze(1)
+        """Log-probs of `targets` [n] from hidden states [n, d], put where `mask` is True. Only completion positions come here."""
+        picked = chosen_log_probs(self.model.get_output_embeddings(), hidden, targets)
         return picked.new_zeros(mask.shape).masked_scatter(mask, picked)
 
     def pooled_hidden(self, tokens: TokenBatch, layers: Sequence[int]) -> Tensor:

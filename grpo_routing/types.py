@@ -65,6 +65,10 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def lengths(self) -> Tensor:
+        """Tokens of each row up to the last of its completion, [B]."""
+        return self.ids.shape[1] - self.completion_mask.flip(1).int().argmax(1)
+
     def rows(self, chosen: list[int]) -> TokenBatch:
         """These rows, cut to the width that they need."""
         ids, mask = self.ids[chosen], self.completion_mask[chosen]
@@ -131,15 +135,15 @@ class RolloutGrads:
 
     def summed(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Gradient of the batch; `weights` [B] (or a boolean choice of rows) multiply the rollouts. All ones change no bit."""
-        if weights is None or bool((weights == 1).all()):
-            own = {name: grad.sum(0) for name, grad in self.modules.items()}
-        else:
-            own = {name: weights.to(grad) @ grad for name, grad in self.modules.items()}
-        return self.world.sums("gradients", own)
+        if weights is None:
+            weights = torch.ones(len(next(iter(self.modules.values()))))
+        return self.world.sums("gradients", {name: weighted(grad, weights) for name, grad in self.modules.items()})
 
-    def scaled(self, factors: Tensor) -> RolloutGrads:
-        """The same gradients times one factor per rollout [B], such as the advantage of each."""
-        return RolloutGrads({name: factors.to(grad)[:, None] * grad for name, grad in self.modules.items()}, self.world)
+    def answer(self, asked: Asked, factors: Tensor) -> RolloutSums:
+        """What is asked of these gradients times one factor per rollout [B], such as the advantage of each; no product is stored."""
+        known = asked.axes is not None
+        return RolloutSums(asked, [self.summed(factors if bool((weights == 1).all()) else weights * factors) for weights in asked.sums],
+                           self.norms() * factors.abs() if known else None, self.along(asked.axes) * factors if known else None)
 
     def norms(self) -> Tensor:
         """Length of each rollout's whole gradient, [B]."""
@@ -148,6 +152,48 @@ class RolloutGrads:
     def along(self, axes: dict[str, Tensor]) -> Tensor:
         """Inner product of each rollout's gradient with one axis [D] per module, [B]."""
         return self.world.sum("along", torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0))
+
+
+def weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """sum_i weights[i] rows[i], [B, D] -> [D]; ones are a plain sum."""
+    return rows.sum(0) if bool((weights == 1).all()) else weights.to(rows) @ rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the gradients of one block before the backward, so that no rollout's own gradient need be kept."""
+
+    sums: list[Tensor]  # weights [B] of each sum
+    axes: dict[str, Tensor] | None = None  # module -> [D]; with them, `norms` and `along` are known too
+
+
+@dataclass(frozen=True)
+class RolloutSums:
+    """Sums of the rollouts' gradients of a block, of which memory holds one micro-batch at a time; answers what was asked."""
+
+    asked: Asked
+    sums: list[dict[str, Tensor]]  # as asked: name -> [D], float32
+    lengths: Tensor | None  # [B], and
+    inner: Tensor | None  # [B], with asked.axes
+
+    def summed(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """As `RolloutGrads.summed`. Raises ValueError for a sum that was not asked for."""
+        for own, modules in zip(self.asked.sums, self.sums, strict=True):
+            if bool((own == 1).all() if weights is None else torch.equal(own, weights.to(own))):
+                return modules
+        raise ValueError(f"the rollouts' gradients were summed with {len(self.asked.sums)} sets of weights and not kept; these weights are "
+                         f"not among them. Add them to what decision.asked asks for")
+
+    def norms(self) -> Tensor:
+        if self.asked.axes is None:
+            raise ValueError("the lengths of the rollouts' gradients were not asked for, and the gradients were not kept")
+        return self.lengths
+
+    def along(self, axes: dict[str, Tensor]) -> Tensor:
+        known = self.asked.axes
+        if known is None or known.keys() != axes.keys() or not all(torch.equal(known[name], axis) for name, axis in axes.items()):
+            raise ValueError("the inner products with these axes were not asked for, and the rollouts' gradients were not kept")
+        return self.inner
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,9 @@ def test_it_stands_aside_for_hooks_and_for_shapes_that_it_does_not_know():
     assert not shareable(model)
     handle.remove()
     assert shareable(model)
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert model.get_decoder().layers[1]._forward_hooks, "transformers leaves its own behind"
+    assert shareable(model)
     for change in ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {"rope_parameters": {
             "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}):
         assert not shareable(Qwen3ForCausalLM(Qwen3Config(**SHAPE, **change)))

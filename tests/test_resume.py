@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +13,8 @@ from safetensors.torch import load_file
 
 from grpo_routing import build
 from grpo_routing.run import Stopped, identity, run, run_folder
+from tests.warm import Entry
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
 RECORDS = ("metrics.jsonl", "audit.jsonl", "rollouts.jsonl", "scores.jsonl")
 
@@ -39,18 +36,17 @@ def overrides(output: Path, cache: str, arm: str = "route") -> list[str]:
             "trainer.checkpoint_every=2", "experiment_name=e", f"output={output}", f"cache={cache}", *ARMS[arm]]
 
 
-def launch(words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "grpo_routing", *words], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def launch(output: Path, cache: str, arm: str = "route") -> Entry:
+    return Entry(overrides(output, cache, arm), output / f"said-{time.monotonic_ns()}.txt")
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, process: Entry) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         found = list(folder.glob("e/runs/*/metrics.jsonl"))
         if found and len(found[0].read_text().splitlines()) >= step:
             return
-        assert process.poll() is None, process.stdout.read()
+        assert process.running(), process.said
         time.sleep(0.01)
     raise AssertionError(f"no step {step} within two minutes")
 
@@ -70,9 +66,8 @@ def uninterrupted(tmp_path_factory, cache):
     @lru_cache
     def whole(arm: str):
         output = tmp_path_factory.mktemp("whole")
-        process = launch(overrides(output, cache, arm))
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out
+        process = launch(output, cache, arm)
+        assert process.wait() == 0, process.said
         return result(output)
 
     return whole
@@ -87,13 +82,12 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize(("arm", "at"), [
     ("route", 1), ("route", 3), pytest.param("route", 4, marks=pytest.mark.slow), ("graft_lookalike", 3), ("confession", 3)])
 def test_a_run_killed_without_notice_ends_as_if_uninterrupted(tmp_path, cache, uninterrupted, arm, at):
-    process = launch(overrides(tmp_path, cache, arm))
+    process = launch(tmp_path, cache, arm)
     wait_for_step(tmp_path, at, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    again = launch(overrides(tmp_path, cache, arm))
-    out, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, out
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    again = launch(tmp_path, cache, arm)
+    assert again.wait() == 0, again.said
     assert same(result(tmp_path), uninterrupted(arm))
     (folder,) = tmp_path.glob("e/runs/*")
     assert len(list((folder / "attempts").glob("*.json"))) == 2
@@ -116,18 +110,16 @@ def test_the_resumed_confessing_run_had_something_to_lose(uninterrupted):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_stops_at_a_step_boundary_with_a_checkpoint(tmp_path, cache, uninterrupted, number):
-    process = launch(overrides(tmp_path, cache))
+    process = launch(tmp_path, cache)
     wait_for_step(tmp_path, 1, process)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=300)
+    process.signal(number)
     (folder,) = tmp_path.glob("e/runs/*")
-    assert process.returncode == 143, out
+    assert process.wait() == 143, process.said
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     steps = len((folder / "metrics.jsonl").read_text().splitlines())
     assert (folder / "checkpoints" / "latest").read_text() == f"step-{steps:06d}" and 1 <= steps < STEPS
-    again = launch(overrides(tmp_path, cache))
-    out, _ = again.communicate(timeout=300)
-    assert again.returncode == 0 and f"resuming at step {steps}" in out
+    again = launch(tmp_path, cache)
+    assert again.wait() == 0 and f"resuming at step {steps}" in again.said
     assert same(result(tmp_path), uninterrupted("route"))
 
 

@@ -286,11 +286,14 @@ def rollout_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def flat_gradient(leaves: list[Tensor]) -> Tensor:
-    """[b, D] from the leaves of one module. A leaf without gradient was not part of the graph: that is our error."""
+    """[b, D] from the leaves of one module, which forget it: both would be alive at once. A leaf without gradient was not part of
+    the graph: that is our error."""
     missing = [tuple(leaf.shape) for leaf in leaves if leaf.grad is None]
     if missing:
         raise RuntimeError(f"no gradient reached adapter parameters of shape {missing}; is the module used in the forward?")
     flat = torch.cat([leaf.grad.flatten(1) for leaf in leaves], dim=1)
+    for leaf in leaves:
+        leaf.grad = None
     return flat.to(torch.promote_types(flat.dtype, torch.float32))  # half precision is widened, double kept
 
 

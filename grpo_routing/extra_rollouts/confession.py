@@ -36,7 +36,7 @@ from grpo_routing.projections.subspace import Update
 from grpo_routing.prompts.questions import GAMED, NO, YES
 from grpo_routing.questioning import asked
 from grpo_routing.rollout import uniforms
-from grpo_routing.types import Labels, Rollout, TokenBatch
+from grpo_routing.types import Asked, Labels, Rollout, TokenBatch
 
 if TYPE_CHECKING:
     from grpo_routing.train import Trainer
@@ -150,7 +150,9 @@ class Confession:
             return {}
         loss = PolicyLoss(trainer.clip, 0.0, most * self.samples * self.max_new_tokens)
         off = torch.zeros_like(advantages) if policy.adapter.has_quarantine else None
-        result = rollout_gradients(policy, tokens, self.weight * advantages, loss, trainer.micro_batch, None, (DEPLOYED,), Forward(off))
+        everything = {DEPLOYED: Asked([torch.ones_like(advantages)])}
+        result = rollout_gradients(policy, tokens, self.weight * advantages, loss, trainer.micro_batch, None, (DEPLOYED,), Forward(off),
+                                   everything)
         return {DEPLOYED: result.grads[DEPLOYED].summed()}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient, generator_for
 from grpo_routing.mask_sources.pairs import Pair
 from grpo_routing.policy import Policy
-from grpo_routing.types import Basis, PackedPairs, RolloutGrads, Trusted
+from grpo_routing.types import Basis, PackedPairs, RolloutGrads, RolloutSums, Trusted
 
 log = logging.getLogger("grpo_routing")
 
@@ -119,15 +119,20 @@ def overlap(basis: Basis, other: Basis) -> float:
     return sum(values) / len(values)
 
 
-def alignment(grads: RolloutGrads, basis: Basis, cosine: bool = True) -> Tensor:
+def alignment(grads: RolloutGrads | RolloutSums, basis: Basis, cosine: bool = True) -> Tensor:
     """Cosine (or dot product) of each rollout's gradient with the hack direction, the sum of all axes of all modules, [B].
 
     A rollout without gradient has no score: nan.
     """
-    axes = {name: rows.sum(0) for name, rows in basis.modules.items()}
+    axes = direction(basis)
     length = torch.stack([axis.square().sum() for axis in axes.values()]).sum().sqrt()
     along, norms = grads.along(axes), grads.norms()
     return torch.where(norms > 0, along / (norms * length if cosine else length).clamp_min(1e-30), torch.nan)
+
+
+def direction(basis: Basis) -> dict[str, Tensor]:
+    """The hack direction: the sum of a module's axes, name -> [D]."""
+    return {name: rows.sum(0) for name, rows in basis.modules.items()}
 
 
 def random_frames(basis: Basis, seed: int) -> Basis:
