@@ -92,14 +92,16 @@ def routed_gradients(line: Line, view: StepView, decision: Decision, old_log_pro
 
 
 def asked(line: Line, view: StepView, decision: Decision) -> dict[str, Asked]:
-    """Per block the natural and the routed sum; with a hack basis those of both kinds of rollouts and the alignment with it too."""
+    """Per block the natural and the routed sum; with a hack basis those of both kinds of rollouts too, and the alignment with it of the
+    rollouts that the audit will judge (its stride is a setting: what it finds never comes back)."""
     ones = torch.ones_like(view.rewards)
     sums = {block: [ones, decision.weights.of(block)] for block in line.projection.blocks}
     axes = direction(view.basis) if isinstance(view.basis, Basis) else None
     if axes:
         own = torch.tensor([rollout.source == STUDENT for rollout in view.rollouts], device=ones.device)
         sums[DEPLOYED] += [] if bool(own.all()) else [own.to(ones), (~own).to(ones)]
-    return {block: Asked(distinct(weights), axes if block == DEPLOYED else None) for block, weights in sums.items()}
+    judged = torch.arange(len(ones), device=ones.device) % line.trainer.audit_every == view.step % line.trainer.audit_every
+    return {block: Asked(distinct(weights), *((axes, judged) if axes and block == DEPLOYED else ())) for block, weights in sums.items()}
 
 
 def distinct(sets: list[Tensor]) -> list[Tensor]:

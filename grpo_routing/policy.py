@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from grpo_routing.adapters.adapter import Adapter
-from grpo_routing.decoder import Decoder, decoder
+from grpo_routing.decoder import DENSE, Decoder, decoder
 from grpo_routing.head import chosen_log_probs
 from grpo_routing.parallel import ALONE, World
-from grpo_routing.types import PackedPairs, TokenBatch
+from grpo_routing.types import Packed, TokenBatch
 
 if TYPE_CHECKING:  # loading it takes longer than planning a hundred runs
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,18 +68,31 @@ class Policy:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def log_probs(self, tokens: TokenBatch) -> Tensor:
-        """Log-probability of each next token, [b, T-1]; zero outside the completion."""
+    def log_probs(self, tokens: TokenBatch, packed: Packed | None = None) -> Tensor:
+        """Log-probability of each next token, [b, T-1]; zero outside the completion. `packed` holds the same completions in the same order
+        with fewer prompts to compute."""
         mask = tokens.completion_mask
+        if packed is not None:
+            return self._chosen(*self._packed(packed), mask)
         hidden = self._hidden(input_ids=tokens.ids)[:, :-1]
         return self._chosen(hidden[mask], tokens.ids[:, 1:][mask], mask)
 
-    def packed_log_probs(self, packed: PackedPairs) -> Tensor:
+    def packed_log_probs(self, packed: Packed) -> Tensor:
         """Log-probability of each completion token given its prompt and its own completion so far, [b, T]; else zero."""
+        return self._chosen(*self._packed(packed), packed.segment > 0)
+
+    def _packed(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, d] before every completion token, and the tokens [n], row by row."""
         hidden = self._hidden(input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.attention(self.model.dtype))
-        before = hidden.gather(1, packed.previous[..., None].expand_as(hidden))
-        mask = packed.weight != 0
-        return self._chosen(before[mask], packed.ids[mask], mask)
+        before, mask = hidden.gather(1, packed.previous[..., None].expand_as(hidden)), packed.segment > 0
+        return before[mask], packed.ids[mask]
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether completions can share a row: every layer attends to all positions, by an implementation that takes a mask of ours."""
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None) or (["full_attention"] if config.model_type in DENSE else ["unknown"])
+        return set(kinds) == {"full_attention"} and config._attn_implementation in ("sdpa", "eager")
 
     def _hidden(self, **inputs: Tensor) -> Tensor:
         return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
@@ -167,9 +180,9 @@ class Policy:
         return found
 
     @torch.no_grad()
-    def reference_log_probs(self, tokens: TokenBatch) -> Tensor:
+    def reference_log_probs(self, tokens: TokenBatch, packed: Packed | None = None) -> Tensor:
         with self.adapter.only():
-            return self.log_probs(tokens)
+            return self.log_probs(tokens, packed)
 
     @torch.inference_mode()
     def sample(self, prompts: list[tuple[int, ...]], counts: list[int], uniforms: Tensor, temperature: float) -> list[Sampled]:
