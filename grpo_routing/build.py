@@ -26,6 +26,7 @@ from grpo_routing.log import LOGGERS
 from grpo_routing.mask_sources import MASK_SOURCES
 from grpo_routing.models import MODELS
 from grpo_routing.optimizers import OPTIMIZERS
+from grpo_routing.parallel import ALONE, World
 from grpo_routing.policy import Policy
 from grpo_routing.projections import PROJECTIONS, MeasureOnly
 from grpo_routing.prompts import PROMPTS
@@ -251,9 +252,15 @@ def _name(registry: dict[str, type], thing: Any) -> str:
     return next(name for name, kind in registry.items() if type(thing) is kind)
 
 
-def build_policy(plan: Plan) -> Policy:
-    model, tokenizer = prepared(plan.model, plan.sandbox)
-    return Policy(model, tokenizer, plan.adapter.attach(model))
+def build_policy(plan: Plan, world: World = ALONE) -> Policy:
+    """The first process makes what no cache has (transformers saves a model in no other), and then the others read it."""
+    def made() -> Policy:
+        model, tokenizer = prepared(plan.model, plan.sandbox)
+        return Policy(model, tokenizer, plan.adapter.attach(model), world)
+
+    policy = made() if world.leads else None
+    world.told("the model", bool)
+    return policy or made()
 
 
 def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, ceiling: Truth | None = None,

@@ -47,7 +47,10 @@ class Decision:
 
 def decide(line: Line, state: State, view: StepView) -> Decision:
     """Labels, then rewards under the anchors' rule, weights and advantages. Remembers what the source remembers."""
-    labels, state.memory = line.mask_source.label(view, state.memory)
+    labels, memory = line.mask_source.label(view, state.memory)
+    changed = {name: value for name, value in memory.items() if state.memory.get(name) is not value}
+    labels, changed = line.policy.world.first("labels", (labels, changed))  # others may have rounded otherwise
+    state.memory = memory | changed
     quarantine = torch.tensor([r.quarantine for r in view.rollouts], dtype=view.rewards.dtype, device=view.rewards.device)
     rewards, judged = line.extra_rollouts.edit(view.rollouts, view.rewards, labels)
     weights = line.projection.weights(judged, quarantine, line.policy.adapter, line.trainer.group)

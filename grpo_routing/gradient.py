@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient
+from grpo_routing.parallel import World
 from grpo_routing.policy import Policy
 from grpo_routing.types import Asked, Packed, RolloutGrads, RolloutSums, TokenBatch, weighted
 
@@ -94,11 +95,13 @@ def rollout_gradients(policy: Policy, tokens: TokenBatch, advantages: Tensor, lo
     `advantages` is [B]. Rows whose advantage is zero have a zero gradient when beta is 0 and are not computed.
     `old_log_probs` [B, T-1] defaults to the current policy (ratio exactly 1).
     """
-    adapter = policy.adapter
+    adapter, world = policy.adapter, policy.world
     old_all = torch.zeros_like(tokens.completion_mask, dtype=advantages.dtype) if old_log_probs is None else old_log_probs
     sizes = {block: {name: flat.numel() for name, flat in adapter.flatten(block).items()} for block in blocks}
-    kept = {block: (Summing(asked[block], sizes[block], advantages) if asked else Keeping(sizes[block], advantages)) for block in blocks}
+    kept = {block: (Summing(asked[block], sizes[block], advantages, world) if asked else Keeping(sizes[block], advantages, world))
+            for block in blocks}
     active = list(range(len(tokens))) if loss.kl_weight or forward.aid else advantages.nonzero().flatten().tolist()
+    active = world.share(active)
     losses, kl_sum, ratio_sum, count = torch.zeros_like(advantages), 0.0, 0.0, 0
     together = alike(tokens, active, forward, asked) if asked and policy.packs and not forward.aid else []
     apart = sorted(set(active).difference(*together))
@@ -129,7 +132,10 @@ def rollout_gradients(policy: Policy, tokens: TokenBatch, advantages: Tensor, lo
         if loss.kl_weight:
             gap = (reference - log_probs)[mask]
             kl_sum += float((torch.exp(gap) - gap - 1).sum())
-    return GradientResult({block: own.result() for block, own in kept.items()}, losses, old_all,
+    if old_log_probs is None:
+        old_all = world.sum("log-probs", old_all)
+    kl_sum, ratio_sum, count = (sum(parts) for parts in zip(*world.joined("losses", [(kl_sum, ratio_sum, count)])))
+    return GradientResult({block: own.result() for block, own in kept.items()}, world.sum("losses", losses), old_all,
                           kl_sum / max(count, 1) if loss.kl_weight else float("nan"), ratio_sum / max(count, 1))
 
 
@@ -172,21 +178,22 @@ def of_like_size(groups: list[list[int]], size: int) -> list[list[list[int]]]:
 class Keeping:
     """Keeps every rollout's gradient of a block; rollouts that never come have none."""
 
-    def __init__(self, sizes: dict[str, int], like: Tensor) -> None:
+    def __init__(self, sizes: dict[str, int], like: Tensor, world: World) -> None:
+        self.world = world
         self.modules = {name: like.new_zeros(len(like), size) for name, size in sizes.items()}
 
     def add(self, name: str, rows: list[int], flat: Tensor) -> None:
         self.modules[name][rows] = flat.to(self.modules[name])
 
     def result(self) -> RolloutGrads:
-        return RolloutGrads(self.modules)
+        return RolloutGrads(self.modules, self.world)
 
 
 class Summing:
     """Answers what is asked of the gradients of a block from their micro-batches, module by module."""
 
-    def __init__(self, asked: Asked, sizes: dict[str, int], like: Tensor) -> None:
-        self.asked = asked
+    def __init__(self, asked: Asked, sizes: dict[str, int], like: Tensor, world: World) -> None:
+        self.asked, self.world = asked, world
         self.sums = [{name: like.new_zeros(size) for name, size in sizes.items()} for _ in asked.sums]
         self.squares, self.inner = torch.zeros_like(like), torch.zeros_like(like)
         self.of = None if asked.axes is None else torch.ones_like(like, dtype=torch.bool) if asked.of is None else asked.of.to(like.device)
@@ -200,7 +207,9 @@ class Summing:
                 self.inner[rows] += flat @ self.asked.axes[name]
 
     def result(self) -> RolloutSums:
+        sums = [self.world.sums("gradients", own) for own in self.sums]
         if self.of is None:
-            return RolloutSums(self.asked, self.sums, None, None)
-        norms, inner = (torch.where(self.of, values, torch.nan) for values in (self.squares.sqrt(), self.inner))
-        return RolloutSums(self.asked, self.sums, norms, inner)
+            return RolloutSums(self.asked, sums, None, None)
+        squares, inner = self.world.sum("norms", self.squares), self.world.sum("along", self.inner)
+        norms, inner = (torch.where(self.of, values, torch.nan) for values in (squares.sqrt(), inner))
+        return RolloutSums(self.asked, sums, norms, inner)

@@ -17,6 +17,7 @@ from torch import Tensor
 from grpo_routing.adapters.adapter import Adapter
 from grpo_routing.decoder import DENSE, Decoder, decoder
 from grpo_routing.head import chosen_log_probs
+from grpo_routing.parallel import ALONE, World
 from grpo_routing.types import Packed, TokenBatch
 
 if TYPE_CHECKING:  # loading it takes longer than planning a hundred runs
@@ -26,8 +27,10 @@ Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log
 
 
 class Policy:
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter) -> None:
-        self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
+    """`world` are the processes that work with copies of this policy."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter, world: World = ALONE) -> None:
+        self.model, self.tokenizer, self.adapter, self.world = model.eval(), tokenizer, adapter, world
         self.end = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
         # Pairs are read again at every refit and prompts in every epoch; tokenizing them anew costs as much as a layer.
@@ -111,10 +114,14 @@ class Policy:
 
         Layer 0 is the embedding. Raises ValueError for a layer that the model lacks.
         """
-        states = self.hidden_states(tokens)
-        if strange := [layer for layer in layers if not -len(states) <= layer < len(states)]:
-            raise ValueError(f"the model has hidden states 0 to {len(states) - 1}; got layers {strange}")
-        return [pool(states[layer], tokens, position) for layer in layers]
+        if strange := [layer for layer in layers if not -self.depth - 1 <= layer <= self.depth]:
+            raise ValueError(f"the model has hidden states 0 to {self.depth}; got layers {strange}")
+
+        def read(part: TokenBatch) -> dict[int, Tensor]:
+            states = self.hidden_states(part)
+            return {place: pool(states[layer], part, position) for place, layer in enumerate(layers)}
+
+        return list(self._apart(tokens, read).values())
 
     @torch.no_grad()
     def hidden_states(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
@@ -140,12 +147,23 @@ class Policy:
     @torch.no_grad()
     def pooled_coordinates(self, tokens: TokenBatch, position: str) -> dict[str, Tensor]:
         """What each adapted module reads, in the deployed block's own coordinates, pooled over the completion: name -> [b, r]."""
-        return self._read(tokens, lambda module, x: pool(module.coordinates(x), tokens, position))
+        return self._apart(tokens, lambda part: self._read(part, lambda module, x: pool(module.coordinates(x), part, position)))
 
     @torch.no_grad()
     def branch_norms(self, tokens: TokenBatch, block: str) -> dict[str, Tensor]:
         """Length of what a block adds at scale 1, mean over the completion: name -> [b]."""
-        return self._read(tokens, lambda module, x: pool(module.branch(x, block).norm(dim=-1, keepdim=True), tokens, "mean").squeeze(1))
+        def norm(module, x: Tensor, part: TokenBatch) -> Tensor:
+            return pool(module.branch(x, block).norm(dim=-1, keepdim=True), part, "mean").squeeze(1)
+
+        return self._apart(tokens, lambda part: self._read(part, lambda module, x: norm(module, x, part)))
+
+    def _apart(self, tokens: TokenBatch, read: Callable[[TokenBatch], dict]) -> dict:
+        """What `read` gives of every row, name -> [b, ...], each process reading its share of the rows."""
+        if self.world.size == 1:
+            return read(tokens)
+        own = self.world.share(range(len(tokens)))
+        parts = self.world.joined("activations", [{name: value.cpu() for name, value in read(tokens.rows(own)).items()}] if own else [])
+        return {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
 
     def _read(self, tokens: TokenBatch, reading: Callable) -> dict[str, Tensor]:
         """reading(module, its input) of every adapted module, from one forward."""

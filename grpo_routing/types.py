@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_routing.parallel import ALONE, World
+
 STUDENT, TEACHER, ANCHOR = "student", "teacher", "anchor"
 
 
@@ -129,9 +131,13 @@ class Packed:
 
 @dataclass(frozen=True)
 class RolloutGrads:
-    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5)."""
+    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5).
+
+    Of a run in several processes each holds the rows that it computed, zeros in place of the others; what is asked of them is of all.
+    """
 
     modules: dict[str, Tensor]  # name -> [B, D_module], float32
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         counts = {len(rows) for rows in self.modules.values()}
@@ -142,7 +148,7 @@ class RolloutGrads:
         """Gradient of the batch; `weights` [B] (or a boolean choice of rows) multiply the rollouts. All ones change no bit."""
         if weights is None:
             weights = torch.ones(len(next(iter(self.modules.values()))))
-        return {name: weighted(grad, weights) for name, grad in self.modules.items()}
+        return self.world.sums("gradients", {name: weighted(grad, weights) for name, grad in self.modules.items()})
 
     def answer(self, asked: Asked, factors: Tensor) -> RolloutSums:
         """What is asked of these gradients times one factor per rollout [B], such as the advantage of each; no product is stored."""
@@ -152,11 +158,11 @@ class RolloutGrads:
 
     def norms(self) -> Tensor:
         """Length of each rollout's whole gradient, [B]."""
-        return torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0).sqrt()
+        return self.world.sum("norms", torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0)).sqrt()
 
     def along(self, axes: dict[str, Tensor]) -> Tensor:
         """Inner product of each rollout's gradient with one axis [D] per module, [B]."""
-        return torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0)
+        return self.world.sum("along", torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0))
 
 
 def weighted(rows: Tensor, weights: Tensor) -> Tensor:
