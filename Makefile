@@ -67,7 +67,7 @@ check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the orga
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
 
-bench: bench-grader bench-gradient bench-sweep  ## all benchmarks
+bench: bench-grader bench-gradient bench-memory bench-sweep  ## all benchmarks
 
 bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
 	$(PYTHON) -m benchmarks.grader
@@ -75,10 +75,13 @@ bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
 bench-gradient: $(VENV)/ready  ## batched per-rollout gradients against one backward per completion
 	$(PYTHON) -m benchmarks.gradient
 
+bench-memory: $(VENV)/ready  ## peak memory of the update over batch x micro-batch
+	$(PYTHON) -m benchmarks.memory
+
 bench-sweep: $(VENV)/ready  ## planning, and asking after, a sweep of a thousand runs
 	$(PYTHON) -m benchmarks.sweep 1000
 
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-gradient bench-sweep lint
+.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-gradient bench-memory bench-sweep lint
