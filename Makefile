@@ -65,10 +65,13 @@ check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the orga
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
 
-bench: bench-grader bench-gradient bench-sweep  ## all benchmarks
+bench: bench-grader bench-sampling bench-gradient bench-sweep  ## all benchmarks
 
 bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
 	$(PYTHON) -m benchmarks.grader
+
+bench-sampling: $(VENV)/ready  ## the policy's sampling against transformers.generate
+	$(PYTHON) -m benchmarks.sampling
 
 bench-gradient: $(VENV)/ready  ## batched per-rollout gradients against one backward per completion
 	$(PYTHON) -m benchmarks.gradient
@@ -79,4 +82,4 @@ bench-sweep: $(VENV)/ready  ## planning, and asking after, a sweep of a thousand
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-gradient bench-sweep lint
+.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-sampling bench-gradient bench-sweep lint

@@ -2,8 +2,7 @@
 
 transformers' forward spends its time on Python. Here a layer is written out for the dense Qwen and Llama shapes, and there are two ways
 to look back. After short prompts every row has its prompt's cache before its own (`Repeated`). After long ones a prompt's cache is read
-once per group, and the two parts of an attention, over the prompt and over the row's own tokens, are put together by their
-log-sum-exps, which is exact (`Shared`). `Cached` is the same for every other architecture, and while somebody has hooked a layer:
+once for all rows of its group (`Shared`). `Cached` is the same for every other architecture, and while somebody has hooked a layer:
 transformers' forward with a repeated cache.
 """
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
 DENSE = ("qwen3", "qwen2", "llama")  # model_type of the shapes that `Shared` knows
-SHORT = 64  # tokens of the longest prompt, up to which the two parts of an attention cost more than a repeated cache
+SHORT = 64  # tokens of the longest prompt, up to which an attention in two parts costs more than a repeated cache
 SMALL = 1 << 20  # numbers of a weight, up to which the call costs more than the product, so that products are joined
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # rotations that depend on the position alone
 
@@ -87,7 +86,8 @@ class Written(ABC):
         self.lengths, self.step = mask.sum(1)[groups], 0
         positions = torch.arange(int(mask.sum(1).max()) + longest, device=mask.device)[None]
         self.cos, self.sin = (part[0] for part in self.core.rotary_emb(cache.layers[0].keys, positions))
-        self.sin = torch.cat([-self.sin[:, : self.sin.shape[1] // 2], self.sin[:, self.sin.shape[1] // 2 :]], -1)  # see _rotated
+        low, high = self.sin.chunk(2, -1)
+        self.sin = torch.cat([-low, high], -1)  # see _rotated
 
     def next(self, token: Tensor) -> Tensor:
         positions = self.lengths + self.step
@@ -100,7 +100,7 @@ class Written(ABC):
 
     @abstractmethod
     def attend(self, place: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [n, heads, d], already scaled, key and value [n, kv, d] of the new tokens in layer `place` -> [n, heads * d]."""
+        """query [n, heads, d], key and value [n, kv, d] of the new tokens in layer `place` -> [n, heads * d]."""
 
     @abstractmethod
     def keep(self, going: Tensor) -> None:
@@ -117,7 +117,7 @@ class Repeated(Written):
                      for layer in cache.layers]  # keys, values [n, kv, L + longest, d]
         self.asked = mask.shape[1]
         bias = torch.zeros(mask.shape, dtype=cache.layers[0].keys.dtype, device=mask.device).masked_fill(mask == 0, -torch.inf)[groups]
-        self.bias = torch.cat([bias, bias.new_zeros(len(groups), longest)], 1)[:, None, None, :]
+        self.bias = torch.cat([bias, bias.new_zeros(len(groups), longest)], 1)[:, None, None].repeat(1, self.kv_heads, 1, 1)  # [n, kv, 1, S]
 
     def keep(self, going: Tensor) -> None:
         self.lengths, self.bias = self.lengths[going], self.bias[going]
@@ -127,9 +127,10 @@ class Repeated(Written):
         keys, values = self.past[place]
         now, (rows, heads, width) = self.asked + self.step, query.shape
         keys[:, :, now], values[:, :, now] = key, value
-        query = query.view(rows, self.kv_heads, heads // self.kv_heads, width)
-        scores = query @ keys[:, :, : now + 1].transpose(2, 3) + self.bias[..., : now + 1]
-        return (torch.softmax(scores, -1) @ values[:, :, : now + 1]).reshape(rows, heads * width)
+        keys, values = (part[:, :, : now + 1].flatten(0, 1) for part in (keys, values))
+        bias, query = self.bias[..., : now + 1].flatten(0, 1), query.reshape(rows * self.kv_heads, -1, width)
+        scores = torch.baddbmm(bias, query, keys.mT, alpha=self.layers[place].scaling)
+        return (torch.softmax(scores, -1) @ values).view(rows, heads * width)
 
 
 class Shared(Written):
@@ -138,14 +139,13 @@ class Shared(Written):
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, groups: Tensor, longest: int) -> None:
         super().__init__(model, cache, mask, groups, longest)
         example, count = cache.layers[0].keys, len(groups)
-        self.repeat = self.heads // self.kv_heads
-        self.prompts = [(layer.keys.flatten(0, 1).transpose(1, 2).contiguous(), _counted(layer.values.flatten(0, 1)))
-                        for layer in cache.layers]  # [P * kv, d, L], [P * kv, L, d + 1]
+        self.prompts = [(layer.keys.flatten(0, 1).transpose(1, 2).contiguous(), layer.values.flatten(0, 1))
+                        for layer in cache.layers]  # [P * kv, d, L], [P * kv, L, d]
         self.bias = torch.zeros(mask.shape, dtype=example.dtype, device=mask.device).masked_fill(mask == 0, -torch.inf)
         self.bias = self.bias.repeat_interleave(self.kv_heads, 0)[:, None, :]  # [P * kv, 1, L]
-        self.asked = len(mask)
+        (self.asked, self.width), self.nothing = mask.shape, example.new_zeros(1, 1, 1)
         self.own = [(example.new_empty(count, self.kv_heads, example.shape[-1], longest),
-                     _counted(example.new_empty(count, self.kv_heads, longest, example.shape[-1]))) for _ in cache.layers]
+                     example.new_empty(count, self.kv_heads, longest, example.shape[-1])) for _ in cache.layers]
         self.groups = groups
         self._seat()
 
@@ -164,23 +164,30 @@ class Shared(Written):
         self.full = len(self.groups) == len(counts) * self.most
 
     def attend(self, place: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        (rows, heads, width), prompt, own = query.shape, self.prompts[place], self.own[place]
-        own[0][..., self.step], own[1][:, :, self.step, :-1] = key, value
-        table = query
+        (rows, heads, width), prompt, own, count = query.shape, self.prompts[place], self.own[place], self.step + 1
+        scaling = self.layers[place].scaling
+        own[0][..., self.step], own[1][:, :, self.step] = key, value
+        far = torch.baddbmm(self.bias, self._meet(query), prompt[0], alpha=scaling)
+        query = query.reshape(rows * self.kv_heads, -1, width)
+        near = torch.baddbmm(self.nothing, query, own[0][..., :count].flatten(0, 1), alpha=scaling)
+        weights = torch.softmax(torch.cat([far, self._meet(near.view(rows, heads, count))], -1), -1)
+        far = self._leave(weights[..., : self.width] @ prompt[1])
+        near = self._leave(weights[..., self.width :]).view(rows * self.kv_heads, -1, count) @ own[1][:, :, :count].flatten(0, 1)
+        return (far + near.view(rows, heads, width)).view(rows, heads * width)
+
+    def _meet(self, x: Tensor) -> Tensor:
+        """[n, heads, w] -> [P * kv, rows and heads that read it, w]; empty places hold zeros."""
         if not self.full:
-            table = query.new_zeros(self.asked * self.most, heads, width)
-            table[self.place] = query
-        table = table.view(-1, self.most, self.kv_heads, self.repeat, width).transpose(1, 2).reshape(-1, self.most * self.repeat, width)
-        far = _part(torch.baddbmm(self.bias, table, prompt[0]), prompt[1])
-        far = far.view(-1, self.kv_heads, self.most, self.repeat, width + 2).transpose(1, 2).reshape(-1, heads, width + 2)
-        far = far if self.full else far[self.place]
-        count = self.step + 1
-        near = _part(query.view(rows * self.kv_heads, self.repeat, width) @ own[0][..., :count].flatten(0, 1),
-                     own[1][:, :, :count].flatten(0, 1)).view(rows, heads, width + 2)
-        both = torch.stack([far, near])
-        top = both[..., -1:]
-        both = (both[..., :-1] * torch.exp(top - top.amax(0))).sum(0)
-        return (both[..., :-1] / both[..., -1:]).reshape(rows, heads * width)
+            seats = x.new_zeros(self.asked * self.most, *x.shape[1:])
+            seats[self.place] = x
+            x = seats
+        return x.reshape(self.asked, self.most, self.kv_heads, -1, x.shape[-1]).transpose(1, 2).reshape(
+            self.asked * self.kv_heads, -1, x.shape[-1])
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """The inverse of `_meet`."""
+        x = x.unflatten(0, (self.asked, -1)).unflatten(2, (self.most, -1)).transpose(1, 2).reshape(-1, self.heads, x.shape[-1])
+        return x if self.full else x[self.place]
 
 
 class _Layer:
@@ -195,27 +202,15 @@ class _Layer:
         self.norms = _norm_of_heads(attention, heads, kv_heads)
 
     def attended(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [n, d_model] -> query, scaled, key, value [n, heads, d], rotated."""
+        """x [n, d_model] -> query, key, value [n, heads, d], rotated."""
         all_heads = self.inputs(self.first(x)).view(len(x), -1, self.width)
         turning, value = all_heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
         query, key = _rotated(self.norms(turning), cos, sin).split([self.heads, self.kv_heads], 1)
-        return query * self.scaling, key, value
+        return query, key, value
 
     def finished(self, x: Tensor, attention: Tensor) -> Tensor:
         x = x + self.out(attention)
         return x + self.mlp(self.second(x))
-
-
-def _part(scores: Tensor, values: Tensor) -> Tensor:
-    """Attention over one part of the tokens, not yet divided by its sum: scores [b, m, t], values [b, t, d + 1] whose last column counts
-    -> [b, m, d + 2]: what is summed, its sum of weights, the score that all are taken relative to."""
-    top = scores.amax(-1, keepdim=True)
-    return torch.cat([torch.exp(scores - top) @ values, top], -1)
-
-
-def _counted(values: Tensor) -> Tensor:
-    """With a column of ones: its sum is that of the weights."""
-    return torch.cat([values, torch.ones_like(values[..., :1])], -1)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -187,7 +187,8 @@ class Policy:
                 logits = rows.next(token)
         ended = ids == self.end
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_new)  # what a finished row said afterwards does not count
-        return [(tuple(own[:length]), tuple(said[:length])) for own, said, length in zip(ids.tolist(), log_probs.tolist(), lengths.tolist())]
+        return [(tuple(own[:length]), tuple(said[:length]))
+                for own, said, length in zip(ids.tolist(), log_probs.tolist(), lengths.tolist())]
 
     def _prefill(self, prompts: list[tuple[int, ...]], counts: list[int], longest: int) -> tuple[Tensor, Decoder]:
         """Logits [sum(counts), V] after every row's prompt, and what continues the rows."""

@@ -62,10 +62,11 @@ def test_logits_are_those_of_transformers(name, kind, counts, leaving):
         assert float((own - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("short", [0, 64])
+@pytest.mark.parametrize(("short", "small"), [(0, 0), (64, 1 << 20)])
 @pytest.mark.parametrize("adapter", ["lora", "svd", "mlp"])
-def test_an_adapter_takes_part_and_rollouts_are_the_same(tiny_policy, adapter, short, monkeypatch):
+def test_an_adapter_takes_part_and_rollouts_are_the_same(tiny_policy, adapter, short, small, monkeypatch):
     monkeypatch.setattr(module, "SHORT", short)
+    monkeypatch.setattr(module, "SMALL", small)
     policy = tiny_policy(adapter)
     noise = uniforms([("decoder", row) for row in range(9)], 12)
     prompts = [(5, 6, 7, 8), (9, 10), (11,)]
