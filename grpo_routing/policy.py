@@ -190,30 +190,33 @@ class Policy:
         """counts[p] completions of prompt p, prompt by prompt.
 
         uniforms [sum(counts), max_new_tokens] in [0, 1) decide every token by inverse transform, so a rollout
-        depends on its own seed only. Each prompt is prefilled once for its group (decoder.py); finished rows leave the batch.
+        depends on its own seed only. Each prompt is prefilled once for its group (decoder.py). Finished rows leave the batch when they
+        are a quarter of it: to close the ranks at each of them costs more than to carry them along.
         """
         with self.adapter.merged():
             logits, rows = self._prefill(prompts, counts, uniforms.shape[1])
             count, max_new = uniforms.shape
             ids = torch.full((count, max_new), self.pad, device=self.device)
             log_probs = torch.zeros((count, max_new), device=self.device)
-            lengths = torch.zeros(count, dtype=torch.long, device=self.device)
-            live = torch.arange(count, device=self.device)
+            live, going = torch.arange(count, device=self.device), torch.ones(count, dtype=torch.bool, device=self.device)
             for step in range(max_new):
                 unit = torch.log_softmax(logits.float(), -1)
                 distribution = unit.exp() if temperature == 1.0 else torch.softmax(unit / temperature, -1)
                 token = inverse_transform(distribution, uniforms[live, step])
-                ids[live, step], lengths[live] = token, step + 1
-                log_probs[live, step] = unit.gather(1, token[:, None]).squeeze(1)
-                going = (token != self.end).nonzero().squeeze(1)
-                if len(going) == 0 or step + 1 == max_new:
+                ids[live, step], log_probs[live, step] = token, unit.gather(1, token[:, None]).squeeze(1)
+                going &= token != self.end
+                left = int(going.sum())
+                if left == 0 or step + 1 == max_new:
                     break
-                if len(going) < len(live):
-                    live, token = live[going], token[going]
-                    rows.keep(going)
+                if left <= 0.75 * len(live):
+                    chosen = going.nonzero().squeeze(1)
+                    live, token, going = live[chosen], token[chosen], going[chosen]
+                    rows.keep(chosen)
                 logits = rows.next(token)
-        return [(tuple(ids[row, :length].tolist()), tuple(log_probs[row, :length].tolist()))
-                for row, length in enumerate(lengths.tolist())]
+        ended = ids == self.end
+        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_new)  # what a finished row said afterwards does not count
+        return [(tuple(own[:length]), tuple(said[:length]))
+                for own, said, length in zip(ids.tolist(), log_probs.tolist(), lengths.tolist())]
 
     def _prefill(self, prompts: list[tuple[int, ...]], counts: list[int], longest: int) -> tuple[Tensor, Decoder]:
         """Logits [sum(counts), V] after every row's prompt, and what continues the rows."""
