@@ -47,7 +47,10 @@ class Decision:
 
 def decide(line: Line, state: State, view: StepView) -> Decision:
     """Labels, then rewards under the anchors' rule, weights and advantages. Remembers what the source remembers."""
-    labels, state.memory = line.mask_source.label(view, state.memory)
+    labels, memory = line.mask_source.label(view, state.memory)
+    changed = {name: value for name, value in memory.items() if state.memory.get(name) is not value}
+    labels, changed = line.policy.world.first("labels", (labels, changed))  # others may have rounded otherwise
+    state.memory = memory | changed
     quarantine = torch.tensor([r.quarantine for r in view.rollouts], dtype=view.rewards.dtype, device=view.rewards.device)
     rewards, judged = line.extra_rollouts.edit(view.rollouts, view.rewards, labels)
     weights = line.projection.weights(judged, quarantine, line.policy.adapter, line.trainer.group)
@@ -89,14 +92,16 @@ def routed_gradients(line: Line, view: StepView, decision: Decision, old_log_pro
 
 
 def asked(line: Line, view: StepView, decision: Decision) -> dict[str, Asked]:
-    """Per block the natural and the routed sum; with a hack basis those of both kinds of rollouts and the alignment with it too."""
+    """Per block the natural and the routed sum; with a hack basis those of both kinds of rollouts too, and the alignment with it of the
+    rollouts that the audit will judge (its stride is a setting: what it finds never comes back)."""
     ones = torch.ones_like(view.rewards)
     sums = {block: [ones, decision.weights.of(block)] for block in line.projection.blocks}
     axes = direction(view.basis) if isinstance(view.basis, Basis) else None
     if axes:
         own = torch.tensor([rollout.source == STUDENT for rollout in view.rollouts], device=ones.device)
         sums[DEPLOYED] += [] if bool(own.all()) else [own.to(ones), (~own).to(ones)]
-    return {block: Asked(distinct(weights), axes if block == DEPLOYED else None) for block, weights in sums.items()}
+    judged = torch.arange(len(ones), device=ones.device) % line.trainer.audit_every == view.step % line.trainer.audit_every
+    return {block: Asked(distinct(weights), *((axes, judged) if axes and block == DEPLOYED else ())) for block, weights in sums.items()}
 
 
 def distinct(sets: list[Tensor]) -> list[Tensor]:

@@ -225,7 +225,7 @@ def pilot(line: Line) -> Memory:
         if "gradients" in reads:
             view = replace(view, grads=unit_gradients(line, view, torch.ones_like(view.rewards)).grads[DEPLOYED])
         views.append(view)
-    return line.mask_source.prepare(views)
+    return line.policy.world.first("a pilot", line.mask_source.prepare(views))
 
 
 def refresh(line: Line, state: State) -> None:
@@ -236,7 +236,7 @@ def refresh(line: Line, state: State) -> None:
     if source.kind not in ("subspace", "trusted"):
         return
     if state.fit is None or (source.refresh_every and state.step % source.refresh_every == 0):
-        before, state.fit = state.fit, source.fit(line.policy)
+        before, state.fit = state.fit, line.policy.world.first("a fit", source.fit(line.policy))
         state.fit_overlap = overlap(before.basis, state.fit.basis) if before else math.nan
         if before:
             check_overlap(state.fit_overlap, source.overlap_floor, source.when_stale, state.step)

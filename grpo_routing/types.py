@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_routing.parallel import ALONE, World
+
 STUDENT, TEACHER, ANCHOR = "student", "teacher", "anchor"
 
 
@@ -67,6 +69,17 @@ class TokenBatch:
         """Tokens of each row up to the last of its completion, [B]."""
         return self.ids.shape[1] - self.completion_mask.flip(1).int().argmax(1)
 
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The prompt ids of every row."""
+        starts = (self.completion_mask.int().argmax(1) + 1).tolist()
+        return [tuple(row[:start]) for row, start in zip(self.ids.tolist(), starts)]
+
+    def groups(self, chosen: list[list[int]]) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+        """(prompt ids, the ids of these completions of it), as `Packed.of` takes them. The rows of a group have one prompt."""
+        rows, ends = self.ids.tolist(), self.lengths().tolist()
+        prompts = self.prompts()
+        return [(prompts[group[0]], [tuple(rows[row][len(prompts[row]) : ends[row]]) for row in group]) for group in chosen]
+
     def rows(self, chosen: list[int]) -> TokenBatch:
         """These rows, cut to the width that they need."""
         ids, mask = self.ids[chosen], self.completion_mask[chosen]
@@ -75,52 +88,56 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class PackedPairs:
-    """Two completions of the same prompt in one row, which share the prompt's forward and backward.
+class Packed:
+    """Completions of one prompt in a row, which share the prompt's forward and backward.
 
-        row         prompt | first | second | padding
-        positions   second continues the prompt, as first does; attention hides first from second
+        row         prompt | first | second | ... | padding
+        positions   every completion continues the prompt; attention hides the completions from each other
 
-    So the gradient of (mean NLL of first - mean NLL of second) is what two separate rows would give, for fewer tokens.
+    So a sum of losses of the completions has the gradient that rows of their own would give it, for fewer tokens.
     """
 
     ids: Tensor  # [b, T] long
     positions: Tensor  # [b, T] long
-    segment: Tensor  # [b, T] long: 0 prompt, 1 first, 2 second, 3 padding
+    segment: Tensor  # [b, T] long: 0 prompt, 1, 2, ... the completions, -1 padding
     previous: Tensor  # [b, T] long: the place whose hidden state predicts this token
-    weight: Tensor  # [b, T] float: 1 / length on first, -1 / length on second, else 0
 
     @staticmethod
-    def of(triples: list[tuple[tuple[int, ...], ...]], pad: int, device: torch.device | str = "cpu") -> PackedPairs:
-        """Build from (prompt ids, first ids, second ids)."""
-        width = max(sum(map(len, triple)) for triple in triples)
-        shape = (len(triples), width)
-        ids, segment = torch.full(shape, pad), torch.full(shape, 3)
-        positions = torch.arange(width).repeat(len(triples), 1)
-        previous, weight = (positions - 1).clamp_min(0), torch.zeros(shape)
-        for row, (prompt, first, second) in enumerate(triples):
-            start, middle, end = len(prompt), len(prompt) + len(first), len(prompt) + len(first) + len(second)
-            ids[row, :end] = torch.tensor(prompt + first + second)
-            segment[row, :start], segment[row, start:middle], segment[row, middle:end] = 0, 1, 2
-            positions[row, middle:end] -= len(first)
-            previous[row, middle] = start - 1
-            weight[row, start:middle], weight[row, middle:end] = 1 / len(first), -1 / len(second)
-        return PackedPairs(*(tensor.to(device) for tensor in (ids, positions, segment, previous, weight)))
+    def of(groups: list[tuple[tuple[int, ...], list[tuple[int, ...]]]], pad: int, device: torch.device | str = "cpu") -> Packed:
+        """Build from (prompt ids, the ids of its completions)."""
+        width = max(len(prompt) + sum(map(len, completions)) for prompt, completions in groups)
+        shape = (len(groups), width)
+        ids, segment = torch.full(shape, pad), torch.full(shape, -1)
+        positions = torch.arange(width).repeat(len(groups), 1)
+        previous = (positions - 1).clamp_min(0)
+        for row, (prompt, completions) in enumerate(groups):
+            start = end = len(prompt)
+            ids[row, :start], segment[row, :start] = torch.tensor(prompt), 0
+            for number, completion in enumerate(completions, 1):
+                place, end = slice(end, end + len(completion)), end + len(completion)
+                ids[row, place], segment[row, place] = torch.tensor(completion), number
+                positions[row, place] = torch.arange(start, start + len(completion))
+                previous[row, place.start] = start - 1
+        return Packed(*(tensor.to(device) for tensor in (ids, positions, segment, previous)))
 
     def attention(self, dtype: torch.dtype) -> Tensor:
-        """Additive mask [b, 1, T, T]: causal, first hidden from second; padding sees only itself and what came before."""
+        """Additive mask [b, 1, T, T]: causal, over the prompt and the own completion; padding sees only the prompt and padding."""
         width = self.ids.shape[1]
         seen = torch.ones(width, width, dtype=torch.bool, device=self.ids.device).tril()
-        hidden = (self.segment[:, :, None] == 2) & (self.segment[:, None, :] == 1)
+        own = (self.segment[:, :, None] == self.segment[:, None, :]) | (self.segment[:, None, :] == 0)
         mask = torch.zeros(len(self.ids), width, width, dtype=dtype, device=self.ids.device)
-        return mask.masked_fill(~seen | hidden, torch.finfo(dtype).min)[:, None]
+        return mask.masked_fill(~(seen & own), torch.finfo(dtype).min)[:, None]
 
 
 @dataclass(frozen=True)
 class RolloutGrads:
-    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5)."""
+    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5).
+
+    Of a run in several processes each holds the rows that it computed, zeros in place of the others; what is asked of them is of all.
+    """
 
     modules: dict[str, Tensor]  # name -> [B, D_module], float32
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         counts = {len(rows) for rows in self.modules.values()}
@@ -131,7 +148,7 @@ class RolloutGrads:
         """Gradient of the batch; `weights` [B] (or a boolean choice of rows) multiply the rollouts. All ones change no bit."""
         if weights is None:
             weights = torch.ones(len(next(iter(self.modules.values()))))
-        return {name: weighted(grad, weights) for name, grad in self.modules.items()}
+        return self.world.sums("gradients", {name: weighted(grad, weights) for name, grad in self.modules.items()})
 
     def answer(self, asked: Asked, factors: Tensor) -> RolloutSums:
         """What is asked of these gradients times one factor per rollout [B], such as the advantage of each; no product is stored."""
@@ -141,11 +158,11 @@ class RolloutGrads:
 
     def norms(self) -> Tensor:
         """Length of each rollout's whole gradient, [B]."""
-        return torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0).sqrt()
+        return self.world.sum("norms", torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0)).sqrt()
 
     def along(self, axes: dict[str, Tensor]) -> Tensor:
         """Inner product of each rollout's gradient with one axis [D] per module, [B]."""
-        return torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0)
+        return self.world.sum("along", torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0))
 
 
 def weighted(rows: Tensor, weights: Tensor) -> Tensor:
@@ -158,7 +175,8 @@ class Asked:
     """What is asked of the gradients of one block before the backward, so that no rollout's own gradient need be kept."""
 
     sums: list[Tensor]  # weights [B] of each sum
-    axes: dict[str, Tensor] | None = None  # module -> [D]; with them, `norms` and `along` are known too
+    axes: dict[str, Tensor] | None = None  # module -> [D]; with them, `norms` and `along` are known too, nan where not
+    of: Tensor | None = None  # bool [B]: the rollouts that the axes are asked of; None is all
 
 
 @dataclass(frozen=True)

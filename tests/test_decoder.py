@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_routing import decoder as module
-from grpo_routing.decoder import Cached, Shared, decoder, shareable
+from grpo_routing.decoder import Cached, Repeated, Shared, decoder, shareable
 from grpo_routing.rollout import uniforms
 
 SHAPE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -46,23 +46,27 @@ def walk(model, kind: type, counts: list[int], leaving: dict[int, list[int]], st
     return found
 
 
+@pytest.mark.parametrize("kind", [Repeated, Shared])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("counts", "leaving"), [
     ([2, 2, 2], {}), ([1, 3, 2], {}), ([3, 1, 2], {1: [0, 2, 3, 4], 3: [1, 3]}),  # at last nobody continues the first prompt's second row
     ([4, 0, 1], {0: [4], 2: [0]})])
-def test_logits_are_those_of_transformers(name, counts, leaving):
+def test_logits_are_those_of_transformers(name, kind, counts, leaving):
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
     assert shareable(model)
-    for own, expected in zip(walk(model, Shared, counts, leaving), walk(model, Cached, counts, leaving), strict=True):
+    for own, expected in zip(walk(model, kind, counts, leaving), walk(model, Cached, counts, leaving), strict=True):
         assert float((own - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize(("short", "small"), [(0, 0), (64, 1 << 20)])
 @pytest.mark.parametrize("adapter", ["lora", "svd", "mlp"])
-def test_an_adapter_takes_part_and_rollouts_are_the_same(tiny_policy, adapter, monkeypatch):
+def test_an_adapter_takes_part_and_rollouts_are_the_same(tiny_policy, adapter, short, small, monkeypatch):
+    monkeypatch.setattr(module, "SHORT", short)
+    monkeypatch.setattr(module, "SMALL", small)
     policy = tiny_policy(adapter)
     noise = uniforms([("decoder", row) for row in range(9)], 12)
     prompts = [(5, 6, 7, 8), (9, 10), (11,)]

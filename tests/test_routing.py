@@ -645,7 +645,7 @@ def test_t13_unmasked_both_blocks_get_the_plain_gradient(start):
     update, unmasked = summed(result, decision), natural(decision, result)
     expected = autograd(line.policy, decision.routed * Z / line.trainer.loss().denominator, seen.tokens)
     for block in BLOCKS:
-        assert close(update[block], expected[block], 1e-11)
+        assert close(update[block], expected[block], 1e-6)  # rollouts share prompts, and transformers' norms are in single precision
         assert all(torch.equal(flat, unmasked[block][name]) for name, flat in update[block].items())
 
 

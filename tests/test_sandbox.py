@@ -3,6 +3,7 @@
 # ruff: noqa: E501  (attack programs and tables of values read best as one line each)
 
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -133,6 +134,33 @@ class Solution:
 """.replace("from __future__ import annotations\n", "")
     outcome = box.run(Submission(code, "f", ((None,),)))
     assert outcome.returns == (Return("value", [2, True, 4, 2, 1, 1, 4, True]),), outcome.message
+
+
+@pytest.mark.parametrize("read_file", [None, "result.txt"])
+def test_everything_that_may_be_imported_can_be_and_nothing_that_it_is_not_named_is_loaded(box, read_file):
+    """Modules that the text names are loaded before the child is confined; the path to the library is never seen."""
+    names = [*zygote_list("PRELOADED"), *zygote_list("NAMED")]
+    code = "".join(f"import {name}\n" for name in names) + "class Solution:\n  def f(self): return [sys.path, len(sys.path_importer_cache)]"
+    outcome = box.run(Submission(code, "f", ((),), read_file=read_file))
+    assert outcome.returns == (Return("value", [[], 0]),), outcome.message
+    asked = "class Solution:\n  def f(self, names): return [name for name in names if name in sys.modules]"
+    assert box.run(Submission(asked, "f", ((names,),))).returns == (Return("value", zygote_list("PRELOADED")),)
+
+
+def zygote_list(name: str) -> list[str]:
+    """A list of module names in zygote.py, which is a script and cannot be imported."""
+    text = Path(confine.__file__).with_name("zygote.py").read_text()
+    return re.search(rf'^{name} = """(.*?)"""', text, re.DOTALL | re.MULTILINE)[1].split()
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["datetime.datetime.strptime('2024', '%Y').year", "time.strptime('2024', '%Y').tm_year", "len('\\N{BULLET}' * 2024)",
+     "len(('x' * 2024).encode('latin-1'))", "len(('x' * 1011).encode('utf-16')) // 1", "len(('x' * 2024).encode('ascii'))"],
+)  # fmt: skip
+def test_what_the_prelude_loads_by_itself_is_there(box, code):
+    outcome = box.run(Submission(f"class Solution:\n  def f(self): return {code}", "f", ((),)))
+    assert outcome.returns == (Return("value", 2024),), outcome.message
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,13 @@ from torch import nn
 
 from grpo_routing import head
 from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE
-from grpo_routing.gradient import PolicyLoss, of_like_length, rollout_gradients
+from grpo_routing.gradient import Forward, PolicyLoss, alike, of_like_length, of_like_size, rollout_gradients
 from grpo_routing.head import chosen_log_probs, chunk_rows
-from grpo_routing.mask_sources.direction import alignment, direction
+from grpo_routing.mask_sources.direction import alignment, direction, pair_differences
+from grpo_routing.mask_sources.pairs import load_pairs
 from grpo_routing.memory import LiveBytes
-from grpo_routing.types import Asked, Basis, TokenBatch
+from grpo_routing.policy import Policy
+from grpo_routing.types import Asked, Basis, Packed, TokenBatch
 from tests.test_gradient import advantages_for, relative, some_tokens
 
 F64, BLOCKS, LOSS = torch.float64, (DEPLOYED, QUARANTINE), PolicyLoss(0.2, 0.0, 100)
@@ -190,6 +192,121 @@ def test_what_was_not_asked_is_refused(tiny_policy):
         alignment(sums, basis)
     with pytest.raises(ValueError, match="lengths of the rollouts' gradients were not asked for"):
         sums.norms()
+
+
+# ------------------------------------------------------------------------------------------------------ prompts shared by rollouts
+
+
+def grouped_tokens(lengths=((5, 2, 7, 3), (4, 4, 6), (3,)), prompts=(6, 9, 4)):
+    """Three prompts with their completions, dealt so that a group's rows are not neighbours."""
+    draw = torch.Generator().manual_seed(5)
+
+    def ids(count):
+        return tuple(torch.randint(2, 200, (count,), generator=draw).tolist())
+
+    rows = []
+    for own, prompt in zip(lengths, (ids(count) for count in prompts)):
+        rows += [(prompt, ids(count)) for count in own]
+    return TokenBatch.of([rows[place] for place in (0, 4, 1, 7, 5, 2, 6, 3)], 0)
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """What the decoder is given: the shapes of its inputs, in order."""
+    seen, plain = [], Policy._hidden
+    monkeypatch.setattr(Policy, "_hidden", lambda self, **inputs: seen.append(tuple(inputs["input_ids"].shape)) or plain(self, **inputs))
+    return seen
+
+
+@pytest.mark.parametrize("adapter", [("lora", TWO), ("svd",), ("mlp", "adapter.quarantine_width=4")])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_rollouts_of_a_prompt_share_it_and_sum_to_the_gradient_of_rows_of_their_own(tiny_policy, monkeypatch, shapes, adapter, kl_weight):
+    policy, tokens = tiny_policy(*adapter), grouped_tokens()
+    advantages = torch.tensor([1.0, -0.5, 0.7, 2.0, 0.3, 0.0, -1.5, -0.2], dtype=F64)
+    loss = PolicyLoss(0.2, kl_weight, 100)
+    asked = {block: Asked([torch.ones(8, dtype=F64), torch.tensor([1, 0, 1, 1, 0, 1, 0, 0.5], dtype=F64)]) for block in BLOCKS}
+    forward = Forward(torch.tensor([1, 0.5, 1, 1, 0.5, 1, 0.5, 1], dtype=F64))
+
+    def result(old=None):
+        return rollout_gradients(policy, tokens, advantages, loss, 8, old, BLOCKS, forward, asked)
+
+    ours, given = result(), sum(rows * width for rows, width in shapes)
+    again = result(ours.old_log_probs - 0.01)  # a later inner step: the ratio is not 1
+    monkeypatch.setattr(policy, "packs", False)
+    shapes.clear()
+    plain, expected_again = result(), result(ours.old_log_probs - 0.01)
+    assert given < 0.8 * sum(rows * width for rows, width in shapes[: len(shapes) // 2])
+    for one, other in ((ours, plain), (again, expected_again)):
+        for block in BLOCKS:
+            for weights in asked[block].sums:
+                sums, expected = one.grads[block].summed(weights), other.grads[block].summed(weights)
+                assert all(relative(sums[name], expected[name]) < 1e-6 for name in expected)  # transformers' norms are in single precision
+        assert torch.allclose(one.losses, other.losses, rtol=1e-6, atol=1e-12)
+        assert torch.allclose(one.old_log_probs, other.old_log_probs, rtol=1e-6)
+        assert one.ratio == pytest.approx(other.ratio, rel=1e-6) and one.kl == pytest.approx(other.kl, rel=1e-5, nan_ok=True)
+
+
+def test_only_what_is_treated_alike_shares_a_row():
+    tokens, ones = grouped_tokens(), torch.ones(8)
+    first, second = [0, 2, 5, 7], [1, 4, 6]  # rows of the first and the second prompt; row 3 is alone
+
+    def groups(*sums, quarantine=None, passes=None, rows=range(8), **axes):
+        return alike(tokens, list(rows), Forward(quarantine, passes), {DEPLOYED: Asked([ones, *sums], **axes)})
+
+    assert groups() == [first, second]
+    assert groups(rows=[0, 1, 3, 5, 6]) == [[0, 5], [1, 6]] and groups(rows=[0, 1, 3]) == []
+    flags = torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0])
+    expected = [[0, 2], second, [5, 7]]
+    assert groups(flags) == groups(quarantine=flags) == groups(passes={QUARANTINE: flags}) == expected
+    assert groups(axes={}) == [], "every rollout's own gradient is asked for"
+    assert groups(axes={}, of=flags.bool()) == [second, [5, 7]]
+
+
+def test_micro_batches_of_groups_keep_to_the_number_of_rollouts():
+    groups = [[0, 1, 2], [3, 4], [5, 6, 7, 8, 9], [10, 11]]
+    assert of_like_size(groups, 100) == [[[5, 6, 7, 8, 9], [0, 1, 2], [3, 4], [10, 11]]]
+    assert of_like_size(groups, 4) == [[[5, 6, 7, 8]], [[0, 1, 2]], [[3, 4], [10, 11]], [[9]]]
+    assert of_like_size([], 4) == []
+
+
+def test_a_completion_sees_its_prompt_and_itself():
+    packed = Packed.of([((1, 2), [(3, 4), (5,), (6, 7)]), ((1,), [(2,)])], 0)
+    assert packed.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 0, 0, 0, 0, 0]]
+    assert packed.positions[0].tolist() == [0, 1, 2, 3, 2, 2, 3] and packed.previous[0].tolist() == [0, 0, 1, 2, 1, 1, 5]
+    seen = (packed.attention(F64)[:, 0] == 0).tolist()
+    assert [[key for key in range(7) if row[key]] for row in seen[0]] == [
+        [0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 5], [0, 1, 5, 6]]
+    assert all(any(row) for row in seen[1]), "a row that sees nothing would be nan"
+
+
+def test_only_the_rollouts_that_the_audit_will_judge_have_gradients_of_their_own(tiny_policy):
+    policy, tokens, ones = tiny_policy(), grouped_tokens(), torch.ones(8, dtype=F64)
+    kept = rollout_gradients(policy, tokens, ones, LOSS, 8)
+    basis, judged = some_basis(kept.grads[DEPLOYED]), torch.arange(8) % 4 == 1
+    sums = rollout_gradients(policy, tokens, ones, LOSS, 8, asked={DEPLOYED: Asked([ones], direction(basis), judged)})
+    ours, expected = (alignment(one.grads[DEPLOYED], basis) for one in (sums, kept))
+    assert torch.allclose(ours[judged], expected[judged], rtol=1e-6) and bool(ours[~judged].isnan().all())
+    whole, plain = sums.grads[DEPLOYED].summed(), kept.grads[DEPLOYED].summed()
+    assert all(relative(whole[name], plain[name]) < 1e-6 for name in plain)
+
+
+@pytest.mark.parametrize(("change", "packs"), [
+    ({}, True), ({"_attn_implementation": "flash_attention_2"}, False), ({"layer_types": ["full_attention", "sliding_attention"]}, False),
+    ({"layer_types": ["linear_attention", "full_attention"]}, False), ({"layer_types": None}, True),
+    ({"layer_types": None, "model_type": "mamba"}, False)])
+def test_completions_share_a_row_only_where_attention_can_hide_them(tiny_policy, monkeypatch, change, packs):
+    policy = tiny_policy()
+    for name, value in change.items():
+        monkeypatch.setattr(policy.model.config, name, value, raising=False)
+    assert policy.packs is packs
+
+
+def test_pairs_are_compared_the_same_way_where_they_cannot_share_a_row(tiny_policy, monkeypatch):
+    policy, authored = tiny_policy(), load_pairs("prog.yaml", ("run_tests",))
+    packed = pair_differences(policy, authored, "hack", "clean", 64)
+    monkeypatch.setattr(policy, "packs", False)
+    apart = pair_differences(policy, authored, "hack", "clean", 64)
+    assert all(relative(packed[name], apart[name]) < 1e-6 for name in apart)
 
 
 # ------------------------------------------------------------------------------------------------------ memory

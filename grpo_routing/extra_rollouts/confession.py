@@ -135,13 +135,13 @@ class Confession:
 
     def sample(self, policy: Policy, contexts: list[tuple[int, ...]], names: list[tuple], at_once: int) -> list[list[Sampled]]:
         """`samples` confessions after each context, with the quarantine off: the deployed policy is the one that will be asked."""
-        found = []
+        found, contexts, names = [], policy.world.share(contexts), policy.world.share(names)
         for start in range(0, len(contexts), at_once):
             part = contexts[start : start + at_once]
             noise = uniforms([(*name, k) for name in names[start : start + at_once] for k in range(self.samples)], self.max_new_tokens)
             with policy.adapter.only(DEPLOYED):
                 found += policy.sample(part, [self.samples] * len(part), noise.to(policy.device), self.temperature)
-        return [found[start : start + self.samples] for start in range(0, len(found), self.samples)]
+        return policy.world.joined("confessions", [found[start : start + self.samples] for start in range(0, len(found), self.samples)])
 
     def gradient(self, policy: Policy, tokens: TokenBatch, advantages: Tensor, most: int, trainer: Trainer) -> Update:
         """Of the deployed block, on the confessions' tokens; empty where no advantage is left, so that the block does not move for it.

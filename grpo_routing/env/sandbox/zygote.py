@@ -35,14 +35,19 @@ MAX_FILES = 64
 RESERVED = 10  # descriptors below this are not used by the zygote itself
 CONFINED = b"confined\n"  # first line of the facts: everything after it is the driver's
 
-# Importable by a submission although no file can be opened: loaded before the first fork.
+# Importable by a submission although no file can be opened. A fork copies the zygote's page tables and its child copies every page that
+# it writes to, so a module costs every submission something: these are loaded before the first fork, because code reaches them without
+# naming them (the prelude below, codecs, strptime, "\N{...}") ...
 PRELOADED = """
-    abc array ast base64 binascii bisect calendar cmath collections collections.abc contextlib copy copyreg
-    csv dataclasses datetime decimal difflib enum errno fractions functools gc hashlib heapq importlib inspect
-    io itertools json keyword logging math numbers operator os os.path pathlib pickle pprint queue random re
-    secrets shutil signal socket statistics string struct subprocess sys tempfile textwrap threading time
-    timeit traceback types typing unicodedata unittest urllib.parse uuid warnings weakref zlib _strptime
-    encodings.ascii encodings.latin_1 encodings.utf_16 encodings.idna
+    abc array ast bisect calendar codecs collections collections.abc contextlib copy copyreg datetime enum errno functools gc heapq
+    importlib io itertools json keyword math operator os os.path random re signal socket string struct sys time types typing
+    unicodedata warnings weakref _strptime encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16
+""".split()
+
+# ... and these by the child of a submission whose text names them, while it can still open files.
+NAMED = """
+    base64 binascii cmath csv dataclasses decimal difflib fractions hashlib inspect logging numbers pathlib pickle pprint queue secrets
+    shutil statistics subprocess tempfile textwrap threading timeit traceback unittest urllib.parse uuid zlib
 """.split()
 
 # What the code of a submission finds in scope, as on the sites that such problems come from.
@@ -104,7 +109,7 @@ class Zygote:
             (resource.RLIMIT_AS, memory),
         ]
         self.drops_uid = os.getuid() == 0 and self.can_drop_uid()
-        self.namespace = prelude()
+        self.namespace, self.path = prelude(), list(sys.path)
         self.wake_reader, self.wake_writer = socket.socketpair()
         for end in (self.wake_reader, self.wake_writer):
             end.setblocking(False)
@@ -199,6 +204,7 @@ class Zygote:
         os.dup2(descriptors[1], driver.FACTS)
         try:
             request = marshal.loads(os.pread(descriptors[0], os.fstat(descriptors[0]).st_size, 0))
+            load_named(request[1], self.path)
             self.confine_child(job, descriptors)
             os.write(driver.FACTS, CONFINED)
         except BaseException as problem:
@@ -242,6 +248,17 @@ class Zygote:
         gc.enable()
         if self.filters:
             self.filters[profile].install()
+
+
+def load_named(code: str, path: list[str]) -> None:
+    """Import the NAMED modules whose names stand in the text. `path` is where the standard library lies: a submission does not see it."""
+    named = [name for name in NAMED if name.rpartition(".")[2] in code]
+    if named:
+        sys.path[:] = path
+        for name in named:
+            importlib.import_module(name)
+        sys.path.clear()
+        sys.path_importer_cache.clear()
 
 
 def drop_uid() -> None:
