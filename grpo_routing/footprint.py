@@ -59,7 +59,7 @@ class Footprint:
     update_peak: float  # bytes at the height of one micro-batch, `saved` included
     prefill_peak: float  # bytes at the height of the prompts' forward, their cache included
     decoded: float  # bytes of weights read for every token
-    update_operations: float  # of one micro-batch, forward and backward, without attention scores
+    update_operations: float  # of one micro-batch, forward and backward
     prefill_operations: float  # of one forward of prompts
     decode_operations: float  # of one token of one row
     vocabulary: float
@@ -162,7 +162,16 @@ def update(plan: Plan, sizes: Sizes, model: PreTrainedModel, adapter: Adapter) -
         backward(value)
     with FlopCounterMode(display=False) as counter, adapter.per_rollout(rows, blocks) as leaves:  # apart: it keeps what it counts alive
         backward(log_probs())
-    return saved, seen.peak, float(counter.get_total_flops())
+    half = 0.5 if together == 1 else 1.0  # a causal kernel skips the half that nobody sees; behind a mask of ours it does not
+    return saved, seen.peak, counter.get_total_flops() + half * attention_operations(model.config, rows, width)
+
+
+def attention_operations(config: PretrainedConfig, rows: int, width: int) -> float:
+    """Of scores and their products with values, which the counter does not know on a CPU; the backward computes the scores again, so that
+    it is two and a half forwards. Layers of other kinds than full attention are matrix products, and counted."""
+    full = (getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers).count("full_attention")
+    wide = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 3.5 * 4.0 * full * rows * width**2 * config.num_attention_heads * wide
 
 
 def keeps(plan: Plan) -> bool:
@@ -171,7 +180,8 @@ def keeps(plan: Plan) -> bool:
 
 
 def packs(plan: Plan, model: PreTrainedModel) -> bool:
-    """Whether the rollouts of a prompt surely share a row: only sums are asked for, nobody labels them, and the model can."""
+    """Whether the rollouts of a prompt surely share a row: only sums are asked for, nobody labels them or measures them one by one, and
+    the model can."""
     flash = getattr(plan.model, "attn_implementation", None) == FLASH
     return plan.mask_source.kind == "none" and not keeps(plan) and not flash and packable(model)
 

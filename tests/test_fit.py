@@ -74,6 +74,18 @@ def test_a_deep_model_is_counted_at_few_layers_exactly(config, few_layers):
         assert getattr(along, name) == pytest.approx(value, rel=0.1 if "peak" in name else 1e-9), name  # the height may move
 
 
+@pytest.mark.parametrize(("words", "rows", "share"), [
+    (("arm=half_ablation", "trainer.micro_batch=4"), 1, 1.0),  # four rollouts of a prompt share a row, behind a mask
+    (("arm=half_ablation", "mask_source=detector", "trainer.micro_batch=4"), 4, 0.5),  # a detector may tell them apart: causal rows
+])
+def test_operations_grow_with_the_square_of_a_row_only_by_attention(config, words, rows, share):
+    """Second differences in the prompt's length: what is linear in it drops out. 14 = 3.5 passes of two products of 2 operations."""
+    plan, step = build.plan(config(*words)), 8
+    spent = [footprint(plan, Sizes(length, 5)).update_operations for length in (8, 8 + step, 8 + 2 * step)]
+    expected = 2 * step**2 * share * 14 * plan.model.layers * rows * plan.model.heads * plan.model.head_dim
+    assert spent[2] - 2 * spent[1] + spent[0] == pytest.approx(expected, rel=1e-9)
+
+
 def some(**changes):
     shape = {"parameters": 8e9, "decoded": 8e9, "vocabulary": 100.0, "saved": 40e9, "update_peak": 48e9}
     return Footprint(**(dict.fromkeys(Footprint.__dataclass_fields__, 0.0) | shape | changes))
