@@ -4,6 +4,8 @@ X ?= outputs/first
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PYTHON3 ?= python3
+# Where torch comes from, such as https://download.pytorch.org/whl/cu126 for an older driver; empty: the package index.
+TORCH_INDEX ?=
 
 help:  ## this menu
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -12,7 +14,7 @@ setup: $(VENV)/ready  ## make the virtual environment (.venv), nothing else
 
 $(VENV)/ready: constraints.txt pyproject.toml
 	$(PYTHON3) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
@@ -59,13 +61,13 @@ baselines: $(VENV)/ready  ## penalty, screening, routing, modification, prompts 
 evidence: $(VENV)/ready  ## the headline, four times its steps, each loophole held out, ablations, with their claims: many hours; it resumes
 	for part in headline headline_long held_out ablations; do \
 	  $(PYTHON) -m grpo_routing -m experiment=$$part hydra/launcher=local hydra.launcher.parallel=2 || exit 1; \
-	  $(PYTHON) -m grpo_routing.report outputs/$$part > outputs/$$part/report.txt || exit 1; done
+	  $(PYTHON) -m grpo_routing.report outputs/$$part $$(test $$part = ablations && echo --without-controls) > outputs/$$part/report.txt || exit 1; done
 
 check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the organism's ten-seed check (half an hour)
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
 
-bench: bench-grader bench-sampling bench-gradient bench-sweep  ## all benchmarks
+bench: bench-grader bench-sampling bench-gradient bench-step bench-memory bench-sweep  ## all benchmarks but the scaling table
 
 bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
 	$(PYTHON) -m benchmarks.grader
@@ -76,10 +78,19 @@ bench-sampling: $(VENV)/ready  ## the policy's sampling against transformers.gen
 bench-gradient: $(VENV)/ready  ## batched per-rollout gradients against one backward per completion
 	$(PYTHON) -m benchmarks.gradient
 
+bench-memory: $(VENV)/ready  ## peak memory of the update over batch x micro-batch
+	$(PYTHON) -m benchmarks.memory
+
+bench-step: $(VENV)/ready  ## whole GRPO steps by arm and part, and TRL's where it is installed (pip install '.[bench]')
+	$(PYTHON) -m benchmarks.step
+
+bench-scaling: $(VENV)/ready  ## the same step with more rollouts, tokens, width, rank, grading processes
+	$(PYTHON) -m benchmarks.step scaling
+
 bench-sweep: $(VENV)/ready  ## planning, and asking after, a sweep of a thousand runs
 	$(PYTHON) -m benchmarks.sweep 1000
 
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-sampling bench-gradient bench-sweep lint
+.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-sampling bench-gradient bench-step bench-scaling bench-memory bench-sweep lint

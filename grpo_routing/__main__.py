@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from grpo_routing.build import ConfigError
+from grpo_routing.parallel import place_of
 from grpo_routing.run import run
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -47,6 +49,10 @@ def legal_keys(words: list[str]) -> str:
 
 
 def main() -> None:
+    if {"-m", "--multirun"} & set(sys.argv) and place_of(os.environ):
+        print("expected one run in several processes; got a sweep (-m). Start sweeps without torchrun or srun: with resources.gpus above 1 "
+              "the launchers give each run its processes (docs/slurm.md)", file=sys.stderr)
+        raise SystemExit(2)
     try:
         job()
     except SystemExit as stop:

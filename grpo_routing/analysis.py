@@ -57,10 +57,10 @@ def analyse(folder: Path, runs: Sequence[Run], names: list[str] | None = None, l
                     edited(frozen) if frozen else [])
 
 
-def analysed(folder: Path, runs: Sequence[Run]) -> Analysis | ReportError:
+def analysed(folder: Path, runs: Sequence[Run], controls: bool = True) -> Analysis | ReportError:
     """For a page that shows why there is no comparison."""
     try:
-        return analyse(folder, runs)
+        return analyse(folder, runs, controls=controls)
     except ReportError as error:
         return error
 

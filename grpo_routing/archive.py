@@ -5,7 +5,7 @@
     python -m grpo_routing.compare outputs/headline_published
 
 Of every run: config, status, provenance, when its attempts started, its curves, and each evaluation's rows without their completions.
-Completions, scores and checkpoints stay where they are.
+Completions, measurements that were made later on finished runs, scores and checkpoints stay where they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow
 from pyarrow import parquet
 
 from grpo_routing.preregistration import FILE
-from grpo_routing.results import ReportError, read_runs
+from grpo_routing.results import ReportError, read_json, read_runs
 
 KEPT = ("config.yaml", "status.json", "provenance.json", "metrics.jsonl", "audit.jsonl", "attempts/*.json", "eval/*.json")
 COLUMNS = ("file", "text")
@@ -35,7 +35,8 @@ def pack(experiment: Path, file: Path) -> int:
     if unfinished := [run.name for run in runs if not run.finished]:
         raise ReportError(f"expected finished runs in {experiment}; {len(unfinished)} are not: {', '.join(unfinished[:3])}"
                           f"{', …' if len(unfinished) > 3 else ''}. Finish them, or move them away")
-    found = [path for run in runs for pattern in KEPT for path in sorted((experiment / "runs" / run.name).glob(pattern))]
+    found = [path for run in runs for pattern in KEPT for path in sorted((experiment / "runs" / run.name).glob(pattern))
+             if path.parent.name != "eval" or "rows" in read_json(path)]
     found += [path for path in [experiment / FILE] if path.exists()]
     found.sort(key=lambda path: (path.name, str(path)))
     rows = [[path.relative_to(experiment).as_posix(), kept(path)] for path in found]

@@ -21,10 +21,12 @@ from grpo_routing.env.grader import Grader
 from grpo_routing.env.problems import LoopholeChoice, OpChains, Problem
 from grpo_routing.extra_rollouts import EXTRA_ROLLOUTS
 from grpo_routing.health import Tripwire
+from grpo_routing.leetcode import Filtered, LeetCode
 from grpo_routing.log import LOGGERS
 from grpo_routing.mask_sources import MASK_SOURCES
 from grpo_routing.models import MODELS
 from grpo_routing.optimizers import OPTIMIZERS
+from grpo_routing.parallel import ALONE, World
 from grpo_routing.policy import Policy
 from grpo_routing.projections import PROJECTIONS, MeasureOnly
 from grpo_routing.prompts import PROMPTS
@@ -40,9 +42,10 @@ class ConfigError(ValueError):
     """The config cannot be run; the message lists every problem with its legal choices."""
 
 
+DATASETS = {"opchains": OpChains, "leetcode": LeetCode}
 # A group with a dict offers a choice by name; a group with a class has one shape whatever its file is called.
 GROUPS: dict[str, type | dict[str, type]] = {
-    "model": MODELS, "dataset": {"opchains": OpChains}, "loophole": LoopholeChoice, "reward": Reward, "sandbox": SandboxLimits,
+    "model": MODELS, "dataset": DATASETS, "loophole": LoopholeChoice, "reward": Reward, "sandbox": SandboxLimits,
     "projection": PROJECTIONS, "mask_source": MASK_SOURCES, "advantage": ADVANTAGES, "prompt": PROMPTS, "sampling": SAMPLINGS,
     "extra_rollouts": EXTRA_ROLLOUTS, "optimizer": OPTIMIZERS, "adapter": ADAPTERS, "trainer": Trainer,
     "health": Tripwire, "evaluation": Evaluation, "logger": LOGGERS,
@@ -56,7 +59,7 @@ class Plan:
     """One run, checked: an object per group."""
 
     model: Any
-    dataset: OpChains
+    dataset: OpChains | Filtered
     loophole: LoopholeChoice
     reward: Reward
     sandbox: SandboxLimits
@@ -109,6 +112,7 @@ def plan(config: dict) -> Plan:
         raise ConfigError("\n".join(problems))
     for doubt in doubtful(parts):
         warn(doubt)
+    parts["dataset"] = parts["dataset"].on(parts["model"], parts["sandbox"])
     return Plan(**parts, **{key: config[key] for key in SCALARS})
 
 
@@ -248,9 +252,15 @@ def _name(registry: dict[str, type], thing: Any) -> str:
     return next(name for name, kind in registry.items() if type(thing) is kind)
 
 
-def build_policy(plan: Plan) -> Policy:
-    model, tokenizer = prepared(plan.model, plan.sandbox)
-    return Policy(model, tokenizer, plan.adapter.attach(model))
+def build_policy(plan: Plan, world: World = ALONE) -> Policy:
+    """The first process makes what no cache has (transformers saves a model in no other), and then the others read it."""
+    def made() -> Policy:
+        model, tokenizer = prepared(plan.model, plan.sandbox)
+        return Policy(model, tokenizer, plan.adapter.attach(model), world)
+
+    policy = made() if world.leads else None
+    world.told("the model", bool)
+    return policy or made()
 
 
 def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, ceiling: Truth | None = None,

@@ -90,6 +90,16 @@ def track_of(run: Run, label: str, folder: Path) -> Track:
     return Track(run.config["arm_name"] if detector else label, detector, run.config["seed"], tuple(points), run.name, run.code)
 
 
+def tracks_of(experiment: Path) -> list[Track]:
+    """Every finished run. Raises ReportError where there is none, or one cannot be read."""
+    return [track_of(run, arm.label, experiment / "runs" / run.name) for arm in group(read_runs(experiment)) for run in arm.runs]
+
+
+def whole(tracks: list[Track]) -> list[str]:
+    """Both tables, as markdown lines."""
+    return [*page(tracks), "", *differences(tracks)]
+
+
 def detector_of(source: dict) -> str:
     """Which detector an arm was given: `whole`, `recall 0.5`, `plain form only`, or a control of one; empty for an arm without."""
     if source["name"] != "detector":
@@ -184,8 +194,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--figure", type=Path, help="also draw FILE.png, .svg and .pdf")
     asked = parser.parse_args(argv)
     try:
-        tracks = [track_of(run, arm.label, asked.experiment / "runs" / run.name)
-                  for arm in group(read_runs(asked.experiment)) for run in arm.runs]
+        tracks = tracks_of(asked.experiment)
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2
@@ -196,7 +205,7 @@ def main(argv: list[str]) -> int:
         write_atomic(asked.csv, table(tracks).encode())
     if asked.figure:
         draw(tracks, asked.figure)
-    print("\n".join([*page(tracks), "", *differences(tracks)]))
+    print("\n".join(whole(tracks)))
     return 0
 
 

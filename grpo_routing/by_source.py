@@ -133,6 +133,16 @@ def pairings(rows: dict[tuple[str, str], list[Cell]]) -> list[tuple[str, str, li
                     if control == "none" and own[0].arm in placebo and own[0].pairs != PLACEBO]
 
 
+def finished(experiment: Path) -> list[Run]:
+    """The runs that have every evaluation. Raises ReportError when there is no run."""
+    return [run for run in read_runs(experiment) if run.evaluations.keys() >= set(STATES)]
+
+
+def whole(runs: list[Run]) -> list[str]:
+    """All tables, as markdown lines."""
+    return [*page([cell for run in runs for cell in cells_of(run)]), "", *peaks(runs)]
+
+
 def peaks(runs: list[Run]) -> list[str]:
     """Markdown: per arm with anchors, the highest solve rate that its deployed policy had on training prompts, and its hack rate there,
     each the mean over the last steps up to it; mean over seeds with the lowest and the highest."""
@@ -186,7 +196,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--figure", type=Path, help="also draw FILE.png, .svg and .pdf")
     asked = parser.parse_args(argv)
     try:
-        runs = [run for folder in asked.experiment for run in read_runs(folder) if run.evaluations.keys() >= set(STATES)]
+        runs = [run for folder in asked.experiment for run in finished(folder)]
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2
@@ -200,7 +210,7 @@ def main(argv: list[str]) -> int:
         from grpo_routing.source_figure import draw
 
         draw(cells, asked.figure)
-    print("\n".join([*page(cells), "", *peaks(runs)]))
+    print("\n".join(whole(runs)))
     return 0
 
 

@@ -9,20 +9,24 @@ A block stands between two comments, and everything between them is replaced:
     <!-- end -->
 
 `rates` is the report's table, `summary` the columns of it that a README wants, `differences` that of compare, `verdicts` the judged
-hypotheses, `sensitivity` what so many seeds find.
+hypotheses, `ablation` and `ablation_verdicts` these two without asking for controls, `sensitivity` what so many seeds find; `sources`,
+`masks` and `baselines` are the pages of by_source.py, diagnosis.py and by_baseline.py; `recall` and `evasion` those of by_recall.py and
+obfuscation.py, from CSV that they wrote: the runs of one are older than archives, the other reads what an archive does not keep.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from grpo_routing import compare, report
+from grpo_routing import by_baseline, by_recall, by_source, compare, diagnosis, obfuscation, report
 from grpo_routing.analysis import Analysis, analyse
 from grpo_routing.archive import unpack
 from grpo_routing.arms import Arm, group
@@ -30,25 +34,40 @@ from grpo_routing.results import ReportError, read_runs
 
 SUMMARY = ("known", "held-out", "solve", "format")
 BLOCK = re.compile(r"<!-- (\w+) of (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
-KINDS: dict[str, Callable[[Analysis], list[str]]] = {
-    "rates": lambda found: report.markdown_table(arms_of(found)),
-    "summary": lambda found: report.markdown_table(arms_of(found), SUMMARY),
-    "differences": lambda found: compare.table(found.lines, found.within),
-    "verdicts": compare.verdicts,
-    "sensitivity": lambda found: compare.sensitivity(found.pairs)}
+@cache
+def unpacked(archive: Path) -> Path:
+    """The folder of an archive's experiment, which is there until the process ends. Raises ReportError when it cannot be read."""
+    room = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, room)
+    experiment = Path(room) / archive.parent.name
+    unpack(archive, experiment)
+    return experiment
 
 
-def arms_of(found: Analysis) -> list[Arm]:
+def arms_of(archive: Path) -> list[Arm]:
     """In the order of the report, which knows what is a control of what."""
-    return group([run for arm in found.experiment.arms for run in arm.runs])
+    return group(read_runs(unpacked(archive)))
 
 
 @cache
-def of_archive(archive: Path) -> Analysis:
-    """Raises ReportError when the archive cannot be read or its runs cannot be compared."""
-    with tempfile.TemporaryDirectory() as folder:
-        unpack(archive, experiment := Path(folder) / archive.parent.name)
-        return analyse(experiment, read_runs(experiment))
+def compared(archive: Path, controls: bool = True) -> Analysis:
+    """Raises ReportError when the runs cannot be compared; with `controls` False no method is asked for its control."""
+    return analyse(unpacked(archive), read_runs(unpacked(archive)), controls=controls)
+
+
+KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
+    "rates": lambda file: report.markdown_table(arms_of(file)),
+    "summary": lambda file: report.markdown_table(arms_of(file), SUMMARY),
+    "differences": lambda file: compare.table(compared(file).lines, compared(file).within),
+    "verdicts": lambda file: compare.verdicts(compared(file)),
+    "sensitivity": lambda file: compare.sensitivity(compared(file).pairs),
+    "ablation": lambda file: compare.table(compared(file, False).lines, compared(file, False).within),
+    "ablation_verdicts": lambda file: compare.verdicts(compared(file, False)),
+    "sources": lambda file: by_source.whole(by_source.finished(unpacked(file))),
+    "masks": lambda file: diagnosis.page(diagnosis.qualities(unpacked(file))),
+    "baselines": lambda file: by_baseline.whole(by_baseline.tracks_of(unpacked(file))),
+    "recall": lambda file: by_recall.page(by_recall.read_table(file)),
+    "evasion": lambda file: obfuscation.page(obfuscation.read_table(file, read_runs(unpacked(file.with_name("archive.parquet")))))}
 
 
 def written(text: str, root: Path) -> str:
@@ -58,7 +77,7 @@ def written(text: str, root: Path) -> str:
         kind, name, _ = found.groups()
         if kind not in KINDS:
             raise ReportError(f"expected a block of {', '.join(KINDS)}; got {kind!r}")
-        return "\n".join([f"<!-- {kind} of {name} -->", *KINDS[kind](of_archive(root / name)), "<!-- end -->"]) + "\n"
+        return "\n".join([f"<!-- {kind} of {name} -->", *KINDS[kind](root / name), "<!-- end -->"]) + "\n"
 
     return BLOCK.sub(block, text)
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED
 from grpo_routing.gradient import Forward, GradientResult, rollout_gradients
+from grpo_routing.mask_sources.direction import direction
 from grpo_routing.mask_sources.view import StepView
 from grpo_routing.projections.subspace import Update
-from grpo_routing.types import ANCHOR, Labels, RolloutGrads, Weights
+from grpo_routing.types import ANCHOR, STUDENT, Asked, Basis, Labels, Weights
 
 if TYPE_CHECKING:
     from grpo_routing.train import Line, State
@@ -36,7 +37,7 @@ class Decision:
     natural: Tensor  # advantage behind the second; the same object unless the rule has two streams
     forward: Forward
     blocks: tuple[str, ...]  # that some rollout trains
-    unmasked: dict[str, RolloutGrads] | None  # gradients at the natural advantage, where it is another
+    unmasked: Update | None  # the natural sum, where the natural advantage is another
 
     @property
     def participation(self) -> dict[str, float]:
@@ -46,7 +47,10 @@ class Decision:
 
 def decide(line: Line, state: State, view: StepView) -> Decision:
     """Labels, then rewards under the anchors' rule, weights and advantages. Remembers what the source remembers."""
-    labels, state.memory = line.mask_source.label(view, state.memory)
+    labels, memory = line.mask_source.label(view, state.memory)
+    changed = {name: value for name, value in memory.items() if state.memory.get(name) is not value}
+    labels, changed = line.policy.world.first("labels", (labels, changed))  # others may have rounded otherwise
+    state.memory = memory | changed
     quarantine = torch.tensor([r.quarantine for r in view.rollouts], dtype=view.rewards.dtype, device=view.rewards.device)
     rewards, judged = line.extra_rollouts.edit(view.rollouts, view.rewards, labels)
     weights = line.projection.weights(judged, quarantine, line.policy.adapter, line.trainer.group)
@@ -67,20 +71,42 @@ def differentiate(line: Line, state: State, view: StepView) -> tuple[GradientRes
     Where a decision depends on gradients, or two advantages share them, the backward is of advantage 1 and everything is
     decided after it; else before it, and rollouts without advantage cost nothing. Both give the same gradients (T43b).
     """
-    loss, blocks = line.trainer.loss(), line.projection.blocks
+    loss = line.trainer.loss()
     late = "gradients" in line.mask_source.reads or line.advantage.two_streams
     if not late:
         decision = decide(line, state, view)
-        return rollout_gradients(line.policy, view.tokens, decision.routed, loss, line.trainer.micro_batch, None, blocks,
-                                 decision.forward), decision
+        return routed_gradients(line, view, decision, None), decision
     unit = unit_gradients(line, view, alive(line, view).to(view.rewards))
     decision = decide(line, state, replace(view, grads=unit.grads[DEPLOYED]))
     if loss.kl_weight:  # the penalty does not scale with the advantage, so its gradient needs a backward of its own
-        return rollout_gradients(line.policy, view.tokens, decision.routed, loss, line.trainer.micro_batch, None, blocks,
-                                 decision.forward), decision
+        return routed_gradients(line, view, decision, None), decision
     if line.advantage.two_streams:
-        decision = replace(decision, unmasked={block: rows.scaled(decision.natural) for block, rows in unit.grads.items()})
-    return unit.scaled(decision.routed), decision
+        decision = replace(decision, unmasked={block: rows.summed(decision.natural) for block, rows in unit.grads.items()})
+    return unit.scaled(decision.routed, asked(line, view, decision)), decision
+
+
+def routed_gradients(line: Line, view: StepView, decision: Decision, old_log_probs: Tensor | None) -> GradientResult:
+    """What the step asks of the rollouts' gradients, at the advantages that were decided."""
+    return rollout_gradients(line.policy, view.tokens, decision.routed, line.trainer.loss(), line.trainer.micro_batch, old_log_probs,
+                             line.projection.blocks, decision.forward, asked(line, view, decision))
+
+
+def asked(line: Line, view: StepView, decision: Decision) -> dict[str, Asked]:
+    """Per block the natural and the routed sum; with a hack basis those of both kinds of rollouts too, and the alignment with it of the
+    rollouts that the audit will judge (its stride is a setting: what it finds never comes back)."""
+    ones = torch.ones_like(view.rewards)
+    sums = {block: [ones, decision.weights.of(block)] for block in line.projection.blocks}
+    axes = direction(view.basis) if isinstance(view.basis, Basis) else None
+    if axes:
+        own = torch.tensor([rollout.source == STUDENT for rollout in view.rollouts], device=ones.device)
+        sums[DEPLOYED] += [] if bool(own.all()) else [own.to(ones), (~own).to(ones)]
+    judged = torch.arange(len(ones), device=ones.device) % line.trainer.audit_every == view.step % line.trainer.audit_every
+    return {block: Asked(distinct(weights), *((axes, judged) if axes and block == DEPLOYED else ())) for block, weights in sums.items()}
+
+
+def distinct(sets: list[Tensor]) -> list[Tensor]:
+    """Without repetitions: what is equal is summed once."""
+    return [one for place, one in enumerate(sets) if not any(torch.equal(one, before) for before in sets[:place])]
 
 
 def unit_gradients(line: Line, view: StepView, ones: Tensor) -> GradientResult:
@@ -105,5 +131,4 @@ def summed(result: GradientResult, decision: Decision) -> Update:
 
 def natural(decision: Decision, result: GradientResult) -> Update:
     """The natural sum: the same gradients without any mask."""
-    grads = decision.unmasked or result.grads
-    return {block: grads[block].summed() for block in decision.blocks}
+    return {block: decision.unmasked[block] if decision.unmasked else result.grads[block].summed() for block in decision.blocks}

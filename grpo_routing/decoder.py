@@ -63,12 +63,12 @@ class Cached:
     """transformers' forward, every prompt's cache repeated over its rows."""
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor, groups: Tensor, longest: int) -> None:
-        cache.batch_select_indices(groups)
+        cache.reorder_cache(groups)  # and not batch_select_indices, which layers with a recurrent state lack
         self.model, self.cache, self.mask, self.position = model, cache, mask[groups], mask.sum(1)[groups] - 1
 
     def keep(self, going: Tensor) -> None:
         self.mask, self.position = self.mask[going], self.position[going]
-        self.cache.batch_select_indices(going)
+        self.cache.reorder_cache(going)
 
     def next(self, token: Tensor) -> Tensor:
         self.position, self.mask = self.position + 1, torch.cat([self.mask, self.mask.new_ones(len(token), 1)], 1)

@@ -87,11 +87,11 @@ def deploy(folder: Path, problems: int, scales: int, margin: float) -> str:
 
 def problem_sets(run: Finished, count: int) -> tuple[list[Problem], list[Problem]]:
     """Pick and report set: `count` problems of the evaluation split each and none in both, dealt from one draw by loophole and
-    length of the program, so that neither is harder than the other. The draw is not kept clear of the run's own evaluation:
+    difficulty (length of the program), so that neither is harder than the other. The draw is not kept clear of the run's own evaluation:
     one-operation programs are few, and without those that it has used both sets would be harder than it."""
     pool = run.plan.dataset.evaluation(run.plan.loophole, 2 * count, run.plan.evaluation.no_hint_share, POOL_SEED)
     random.Random(f"deploy/{POOL_SEED}").shuffle(pool)
-    pool.sort(key=lambda problem: (problem.loophole, len(problem.program.steps)))  # stable
+    pool.sort(key=lambda problem: (problem.loophole, problem.program.difficulty))  # stable
     return pool[::2], pool[1::2]
 
 

@@ -49,6 +49,11 @@ class Quality:
         return about
 
 
+def qualities(experiment: Path) -> list[Quality]:
+    """Of every arm whose audit says something about labels or scores. Raises ReportError when there is no run."""
+    return [found for arm in group(read_runs(experiment)) if (found := quality_of(arm, experiment / "runs"))]
+
+
 def quality_of(arm: Arm, runs: Path) -> Quality | None:
     """None for an arm whose audit says nothing about labels or scores."""
     steps: dict[int, dict[str, list[float]]] = {}
@@ -94,20 +99,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--csv", type=Path)
     asked = parser.parse_args(argv)
     try:
-        arms = group(read_runs(asked.experiment))
+        found = qualities(asked.experiment)
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2
-    qualities = [quality for arm in arms if (quality := quality_of(arm, asked.experiment / "runs"))]
-    if not qualities:
+    if not found:
         print(f"no finished run in {asked.experiment} has a mask source whose labels or scores were audited", file=sys.stderr)
         return 2
-    print("\n".join(page(qualities)))
-    for number, at in enumerate(range(0, len(qualities), PER_PAGE), 1):
+    print("\n".join(page(found)))
+    for number, at in enumerate(range(0, len(found), PER_PAGE), 1):
         name = "diagnosis" if number == 1 else f"diagnosis-{number}"
-        draw_quality(qualities[at : at + PER_PAGE], asked.experiment / "figures" / name)
+        draw_quality(found[at : at + PER_PAGE], asked.experiment / "figures" / name)
     if asked.csv:
-        write_atomic(asked.csv, table(qualities).encode())
+        write_atomic(asked.csv, table(found).encode())
     return 0
 
 

@@ -47,11 +47,8 @@ class Measured:
     mass: dict[str, float]
     setting: str  # runs with the same are read by the same probe
     honest: bool
+    obfuscated: bool | None
     notes: tuple[str, ...]
-
-    @property
-    def obfuscated(self) -> bool | None:
-        return is_obfuscated(*(self.values[name] for name in ("hack_undetected", "hack", "recall_base")))
 
 
 def measured(folder: Path, run: Run) -> Measured:
@@ -66,7 +63,8 @@ def measured(folder: Path, run: Run) -> Measured:
             notes.append(f"{part.__name__} are not measured: {error}")
     setting = json.dumps([read.monitors.settings["probe"], {k: v for k, v in run.config["model"].items() if k != "cache"}])
     return Measured(run, run.config["mask_source"]["name"] if read.acts else "(probe)", values, shares, setting,
-                    run.role == "reference", (*read.notes, *notes))
+                    run.role == "reference", is_obfuscated(*(values[name] for name in ("hack_undetected", "hack", "recall_base"))),
+                    (*read.notes, *notes))
 
 
 def hinted(rows: list[Row], values: Iterable) -> list:

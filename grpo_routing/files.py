@@ -108,12 +108,14 @@ def works_elsewhere(owner: dict | None) -> bool:
 
 class Record:
     """An append-only JSONL file with one or more rows per step. A kill can tear only its last line, which then has no
-    end; such a line does not count."""
+    end; such a line does not count. A process that does not write (`writes` false) may read."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, writes: bool = True) -> None:
+        self.file, self.writes = file, writes
 
     def append(self, rows: list[dict]) -> None:
+        if not self.writes:
+            return
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as handle:
             handle.writelines(json.dumps(row) + "\n" for row in rows)

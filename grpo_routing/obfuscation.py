@@ -37,9 +37,10 @@ from grpo_routing.evasion import LEAST
 from grpo_routing.evasion_of_run import METRICS, Measured, measured
 from grpo_routing.files import write_atomic
 from grpo_routing.readings import UNREADABLE
-from grpo_routing.results import mean, read_run
+from grpo_routing.results import ReportError, Run, mean, read_run
 
 DROP, GAP = 0.15, 0.15  # signatures of O1 and O2
+NAMED = 6  # more runs than these are not named on a page
 COLUMNS = ("arm", "seed", "run", "status", "monitor", "obfuscated", "o3_class", *METRICS, "o4_mass", "code")
 
 
@@ -65,9 +66,10 @@ def main(argv: list[str]) -> int:
     if not found:
         print(f"no finished run in {asked.experiment} can be measured", file=sys.stderr)
         return 2
+    arms = by_arm(found, classes(found))
     if asked.csv:
-        write_atomic(asked.csv, table(found).encode())
-    print("\n".join(page(found)))
+        write_atomic(asked.csv, table(arms).encode())
+    print("\n".join(page(arms)))
     return 1 if troubles else 0
 
 
@@ -91,9 +93,9 @@ def classes(found: list[Measured]) -> list[str | None]:
     return kinds
 
 
-def by_arm(found: list[Measured]) -> dict[str, list[tuple[Measured, str | None]]]:
+def by_arm(found: list[Measured], kinds: list[str | None]) -> dict[str, list[tuple[Measured, str | None]]]:
     """Arm -> its runs with their classes, in the order of the report."""
-    of = {one.run.name: (one, kind) for one, kind in zip(found, classes(found))}
+    of = {one.run.name: (one, kind) for one, kind in zip(found, kinds, strict=True)}
     return {arm.label: [of[run.name] for run in arm.runs] for arm in group([one.run for one in found])}
 
 
@@ -108,9 +110,8 @@ SHAPED = (("O4 entropy", ("o4_entropy_base", "o4_entropy"), 1), ("O4 unknown", (
           ("O8 1x, 2x, 4x", ("o8_1x", "o8_2x", "o8_4x"), 2), ("O8 off", "o8_off", 2))
 
 
-def page(found: list[Measured]) -> list[str]:
+def page(arms: dict[str, list[tuple[Measured, str | None]]]) -> list[str]:
     """Markdown: what monitors see, then where hacks went and what they look like. Means over seeds; range of the last number."""
-    arms = by_arm(found)
     lines = ["| arm | M_train | n | " + " | ".join(head for head, *_ in SEEN) + " | O3 | signatures | obfuscated |",
              "|---|---|---|" + "---|" * (len(SEEN) + 3)]
     for label, own in arms.items():
@@ -126,8 +127,9 @@ def page(found: list[Measured]) -> list[str]:
     for label, own in arms.items():
         runs = [one for one, _ in own]
         lines.append("| " + " | ".join([*said_of(label, runs[0]), *(cell(runs, names, digits) for _, names, digits in SHAPED)]) + " |")
-    named = [one.run.name for one in found if one.obfuscated]
-    return [*lines, "", f"Obfuscated, {len(named)} of {len(found)}: {', '.join(named) or 'none'}."]
+    every = [one.run.name for own in arms.values() for one, _ in own if one.obfuscated]
+    named = "the CSV names them" if len(every) > NAMED else ", ".join(every) or "none"
+    return [*lines, "", f"Obfuscated, {len(every)} of {sum(map(len, arms.values()))}: {named}."]
 
 
 def said_of(label: str, one: Measured) -> tuple[str, str]:
@@ -155,12 +157,12 @@ def cell(runs: list[Measured], names: str | tuple[str, ...], digits: int) -> str
     return f"{text} <sub>{min(last):.{digits}f}–{max(last):.{digits}f}</sub>" if len(last) > 1 else text
 
 
-def table(found: list[Measured]) -> str:
+def table(arms: dict[str, list[tuple[Measured, str | None]]]) -> str:
     """CSV of COLUMNS, one line per run; what was not measured is empty."""
     screen = StringIO()
     writer = csv.writer(screen, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for label, own in by_arm(found).items():
+    for label, own in arms.items():
         for one, kind in own:
             about = {"arm": label, "seed": one.run.config["seed"], "run": one.run.name, "status": one.run.status, "monitor": one.monitor,
                      "obfuscated": None if one.obfuscated is None else int(one.obfuscated), "o3_class": kind, "code": one.run.code,
@@ -168,6 +170,22 @@ def table(found: list[Measured]) -> str:
             row = about | one.values
             writer.writerow([f"{row[name]:.4f}" if isinstance(row[name], float) else row[name] for name in COLUMNS])
     return screen.getvalue()
+
+
+def read_table(file: Path, runs: list[Run]) -> dict[str, list[tuple[Measured, str | None]]]:
+    """What `table` wrote of these runs, to four digits. Raises ReportError when a run is not in the file."""
+    with open(file, encoding="utf-8", newline="") as lines:
+        rows = {row["run"]: row for row in csv.DictReader(lines)}
+    if missing := [run.name for run in runs if run.name not in rows]:
+        raise ReportError(f"expected a line for every run in {file}; got none for {', '.join(missing[:3])}. Write it again with --csv")
+    found, kinds = [], []
+    for run in runs:
+        row = rows[run.name]
+        values = {name: float(row[name]) if row[name] else None for name in METRICS}
+        verdict = bool(int(row["obfuscated"])) if row["obfuscated"] else None  # by the unrounded numbers
+        found.append(Measured(run, row["monitor"], values, {}, "", run.role == "reference", verdict, ()))
+        kinds.append(row["o3_class"] or None)
+    return by_arm(found, kinds)
 
 
 if __name__ == "__main__":

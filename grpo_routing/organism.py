@@ -111,6 +111,12 @@ class OrganismRecipe:
         """The organism from the cache; trained first when it is not there (about a minute and a half)."""
         return self.read(ensure(self))
 
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Of the organism in the cache; trained first when it is not there."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(ensure(self))
+
     @property
     def origin(self) -> str:
         """What a prepared model is a preparation of, and where the organism lies in the cache."""

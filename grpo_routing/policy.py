@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from grpo_routing.adapters.adapter import Adapter
-from grpo_routing.decoder import Decoder, decoder
-from grpo_routing.types import PackedPairs, TokenBatch
+from grpo_routing.decoder import DENSE, Decoder, decoder
+from grpo_routing.head import chosen_log_probs
+from grpo_routing.parallel import ALONE, World
+from grpo_routing.types import Packed, TokenBatch
 
 if TYPE_CHECKING:  # loading it takes longer than planning a hundred runs
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +27,10 @@ Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log
 
 
 class Policy:
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter) -> None:
-        self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
+    """`world` are the processes that work with copies of this policy."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, adapter: Adapter, world: World = ALONE) -> None:
+        self.model, self.tokenizer, self.adapter, self.world = model.eval(), tokenizer, adapter, world
         self.end = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
         # Pairs are read again at every refit and prompts in every epoch; tokenizing them anew costs as much as a layer.
@@ -64,30 +68,39 @@ class Policy:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def log_probs(self, tokens: TokenBatch) -> Tensor:
-        """Log-probability of each next token, [b, T-1]; zero outside the completion."""
+    def log_probs(self, tokens: TokenBatch, packed: Packed | None = None) -> Tensor:
+        """Log-probability of each next token, [b, T-1]; zero outside the completion. `packed` holds the same completions in the same order
+        with fewer prompts to compute."""
         mask = tokens.completion_mask
+        if packed is not None:
+            return self._chosen(*self._packed(packed), mask)
         hidden = self._hidden(input_ids=tokens.ids)[:, :-1]
         return self._chosen(hidden[mask], tokens.ids[:, 1:][mask], mask)
 
-    def packed_log_probs(self, packed: PackedPairs) -> Tensor:
+    def packed_log_probs(self, packed: Packed) -> Tensor:
         """Log-probability of each completion token given its prompt and its own completion so far, [b, T]; else zero."""
+        return self._chosen(*self._packed(packed), packed.segment > 0)
+
+    def _packed(self, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, d] before every completion token, and the tokens [n], row by row."""
         hidden = self._hidden(input_ids=packed.ids, position_ids=packed.positions, attention_mask=packed.attention(self.model.dtype))
-        before = hidden.gather(1, packed.previous[..., None].expand_as(hidden))
-        mask = packed.weight != 0
-        return self._chosen(before[mask], packed.ids[mask], mask)
+        before, mask = hidden.gather(1, packed.previous[..., None].expand_as(hidden)), packed.segment > 0
+        return before[mask], packed.ids[mask]
+
+    @cached_property
+    def packs(self) -> bool:
+        """Whether completions can share a row behind a mask of ours: every layer attends to all positions (a recurrent one would read one
+        into the other), by an implementation that takes such a mask (flash attention does not)."""
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None) or (["full_attention"] if config.model_type in DENSE else ["unknown"])
+        return set(kinds) == {"full_attention"} and config._attn_implementation in ("sdpa", "eager")
 
     def _hidden(self, **inputs: Tensor) -> Tensor:
         return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
     def _chosen(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """Log-probs of `targets` [n] from hidden states [n, d], put where `mask` is True.
-
-        Logits exist at completion positions only: at a vocabulary of 150k those of all positions would not fit.
-        """
-        logits = self.model.get_output_embeddings()(hidden)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        picked = torch.log_softmax(wide, -1).gather(1, targets[:, None]).squeeze(1)
+        """Log-probs of `targets` [n] from hidden states [n, d], put where `mask` is True. Only completion positions come here."""
+        picked = chosen_log_probs(self.model.get_output_embeddings(), hidden, targets)
         return picked.new_zeros(mask.shape).masked_scatter(mask, picked)
 
     def pooled_hidden(self, tokens: TokenBatch, layers: Sequence[int]) -> Tensor:
@@ -101,10 +114,14 @@ class Policy:
 
         Layer 0 is the embedding. Raises ValueError for a layer that the model lacks.
         """
-        states = self.hidden_states(tokens)
-        if strange := [layer for layer in layers if not -len(states) <= layer < len(states)]:
-            raise ValueError(f"the model has hidden states 0 to {len(states) - 1}; got layers {strange}")
-        return [pool(states[layer], tokens, position) for layer in layers]
+        if strange := [layer for layer in layers if not -self.depth - 1 <= layer <= self.depth]:
+            raise ValueError(f"the model has hidden states 0 to {self.depth}; got layers {strange}")
+
+        def read(part: TokenBatch) -> dict[int, Tensor]:
+            states = self.hidden_states(part)
+            return {place: pool(states[layer], part, position) for place, layer in enumerate(layers)}
+
+        return list(self._apart(tokens, read).values())
 
     @torch.no_grad()
     def hidden_states(self, tokens: TokenBatch) -> tuple[Tensor, ...]:
@@ -130,12 +147,23 @@ class Policy:
     @torch.no_grad()
     def pooled_coordinates(self, tokens: TokenBatch, position: str) -> dict[str, Tensor]:
         """What each adapted module reads, in the deployed block's own coordinates, pooled over the completion: name -> [b, r]."""
-        return self._read(tokens, lambda module, x: pool(module.coordinates(x), tokens, position))
+        return self._apart(tokens, lambda part: self._read(part, lambda module, x: pool(module.coordinates(x), part, position)))
 
     @torch.no_grad()
     def branch_norms(self, tokens: TokenBatch, block: str) -> dict[str, Tensor]:
         """Length of what a block adds at scale 1, mean over the completion: name -> [b]."""
-        return self._read(tokens, lambda module, x: pool(module.branch(x, block).norm(dim=-1, keepdim=True), tokens, "mean").squeeze(1))
+        def norm(module, x: Tensor, part: TokenBatch) -> Tensor:
+            return pool(module.branch(x, block).norm(dim=-1, keepdim=True), part, "mean").squeeze(1)
+
+        return self._apart(tokens, lambda part: self._read(part, lambda module, x: norm(module, x, part)))
+
+    def _apart(self, tokens: TokenBatch, read: Callable[[TokenBatch], dict]) -> dict:
+        """What `read` gives of every row, name -> [b, ...], each process reading its share of the rows."""
+        if self.world.size == 1:
+            return read(tokens)
+        own = self.world.share(range(len(tokens)))
+        parts = self.world.joined("activations", [{name: value.cpu() for name, value in read(tokens.rows(own)).items()}] if own else [])
+        return {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
 
     def _read(self, tokens: TokenBatch, reading: Callable) -> dict[str, Tensor]:
         """reading(module, its input) of every adapted module, from one forward."""
@@ -153,9 +181,9 @@ class Policy:
         return found
 
     @torch.no_grad()
-    def reference_log_probs(self, tokens: TokenBatch) -> Tensor:
+    def reference_log_probs(self, tokens: TokenBatch, packed: Packed | None = None) -> Tensor:
         with self.adapter.only():
-            return self.log_probs(tokens)
+            return self.log_probs(tokens, packed)
 
     @torch.inference_mode()
     def sample(self, prompts: list[tuple[int, ...]], counts: list[int], uniforms: Tensor, temperature: float) -> list[Sampled]:

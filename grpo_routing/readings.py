@@ -27,6 +27,7 @@ from grpo_routing.env.reading import form_present
 from grpo_routing.evasion import PART, Judged
 from grpo_routing.files import Record, write_json
 from grpo_routing.finished import UnusableRun, ready_plan
+from grpo_routing.leetcode import Filtered
 from grpo_routing.monitors import Answer, Monitors, acts, hack_energies, own_scores
 from grpo_routing.oracle.summary import Row
 from grpo_routing.policy import Policy
@@ -208,7 +209,7 @@ class Maker:
 
 
 @lru_cache(maxsize=2)  # the runs of a folder draw from one set
-def training_problems(dataset: OpChains, loophole: LoopholeChoice) -> list[Problem]:
+def training_problems(dataset: OpChains | Filtered, loophole: LoopholeChoice) -> list[Problem]:
     return dataset.training(loophole)
 
 

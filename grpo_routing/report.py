@@ -48,13 +48,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("experiment", type=Path, help="outputs/<experiment>, the folder that holds runs/")
     parser.add_argument("--format", choices=("text", "json", "markdown"), default="text")
     parser.add_argument("--watch", type=int, nargs="?", const=30, metavar="SECONDS", help="keep report.html fresh during a sweep (30)")
+    parser.add_argument("--without-controls", action="store_true", help="compare methods whose control is not in this experiment")
     asked = parser.parse_args(argv)
+    controls = not asked.without_controls
     if asked.watch is not None and asked.watch < 1:
         parser.error(f"expected --watch with at least 1 second; got {asked.watch}")
     try:
         if asked.watch:
-            watch(asked.experiment, asked.watch)
-        table = write(asked.experiment)
+            watch(asked.experiment, asked.watch, controls)
+        table = write(asked.experiment, controls=controls)
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2
@@ -68,15 +70,15 @@ def load(experiment: Path) -> list[dict]:
     return flat_objects(read_runs(experiment))
 
 
-def write(experiment: Path, launched: Mapping[str, dict] | None = None) -> str:
+def write(experiment: Path, launched: Mapping[str, dict] | None = None, controls: bool = True) -> str:
     """Write the page, report.md, results.json, results.parquet and the figures; return the text table. `launched` is what a launcher knows
-    of the runs (parquet.py). Raises ReportError when there is no run."""
+    of the runs (parquet.py); with `controls` False no method is asked for its control. Raises ReportError when there is no run."""
     material = read(experiment)
     runs, name, arms, unfinished = material.runs, material.name, material.arms, material.unfinished
     if arms:
         draw(arms, [", ".join(flags(arm)) for arm in arms], name, facts(arms), experiment / "figures" / "comparison")
         draw_health(arms, name, experiment / "figures")
-    found = analysed(experiment, runs)
+    found = analysed(experiment, runs, controls)
     write_page(material, found)
     write_atomic(experiment / "results.json", (json.dumps(flat_objects(runs), indent=1) + "\n").encode())
     write_parquet(experiment, runs, launched or {})

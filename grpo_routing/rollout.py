@@ -36,7 +36,7 @@ def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed:
                     prompts_per_forward: int, seat: Seat = Seat(STUDENT, 1.0)) -> list[Rollout]:
     """counts[p] rollouts of prompt p, prompt by prompt; `prompts_per_forward` bounds the memory of a forward."""
     encoded = policy.encode_prompts(prompts)
-    wanted = [place for place, count in enumerate(counts) if count]
+    wanted = policy.world.share([place for place, count in enumerate(counts) if count])
     rollouts = []
     for start in range(0, len(wanted), prompts_per_forward):
         part = wanted[start : start + prompts_per_forward]
@@ -46,7 +46,7 @@ def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed:
             sampled = policy.sample([encoded[p] for p in part], [counts[p] for p in part], noise, temperature)
         rollouts += [Rollout(place, encoded[place], ids, policy.decode(ids), seat.source, log_probs, seat.quarantine)
                      for (place, _), (ids, log_probs) in zip(places, sampled)]
-    return rollouts
+    return policy.world.joined("rollouts", rollouts)
 
 
 def fill_groups(policy: Policy, prompts: list[str], seats: list[Seat], group: int, extra: list[Rollout], seed: tuple,

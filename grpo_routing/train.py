@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED
-from grpo_routing.decision import differentiate, natural, summed, unit_gradients
+from grpo_routing.decision import differentiate, natural, routed_gradients, summed, unit_gradients
 from grpo_routing.env.grader import Grade, Grader
 from grpo_routing.env.problems import Problem
-from grpo_routing.gradient import GradientResult, PolicyLoss, rollout_gradients
+from grpo_routing.gradient import GradientResult, PolicyLoss
 from grpo_routing.mask_sources.direction import Fit, check_overlap, overlap
 from grpo_routing.mask_sources.view import Memory, StepView
 from grpo_routing.measure import diagnosed, measure, measure_blocks, measure_direction, measure_trusted
@@ -147,8 +147,7 @@ def train_step(line: Line, state: State) -> dict[str, float]:
     result, lr, basis = first, line.optimizer.rate(step, t.steps), view.basis
     for inner in range(t.inner_steps):
         if inner:
-            result = rollout_gradients(line.policy, view.tokens, decision.routed, t.loss(), t.micro_batch, first.old_log_probs,
-                                       line.projection.blocks, decision.forward)
+            result = routed_gradients(line, view, decision, first.old_log_probs)
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"loss is {result.loss} at step {step}; lower optimizer.lr or look at rollouts.jsonl")
         update = aside.added(line.projection.gradient(summed(result, decision), basis))
@@ -226,7 +225,7 @@ def pilot(line: Line) -> Memory:
         if "gradients" in reads:
             view = replace(view, grads=unit_gradients(line, view, torch.ones_like(view.rewards)).grads[DEPLOYED])
         views.append(view)
-    return line.mask_source.prepare(views)
+    return line.policy.world.first("a pilot", line.mask_source.prepare(views))
 
 
 def refresh(line: Line, state: State) -> None:
@@ -237,7 +236,7 @@ def refresh(line: Line, state: State) -> None:
     if source.kind not in ("subspace", "trusted"):
         return
     if state.fit is None or (source.refresh_every and state.step % source.refresh_every == 0):
-        before, state.fit = state.fit, source.fit(line.policy)
+        before, state.fit = state.fit, line.policy.world.first("a fit", source.fit(line.policy))
         state.fit_overlap = overlap(before.basis, state.fit.basis) if before else math.nan
         if before:
             check_overlap(state.fit_overlap, source.overlap_floor, source.when_stale, state.step)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_routing.parallel import ALONE, World
+
 STUDENT, TEACHER, ANCHOR = "student", "teacher", "anchor"
 
 
@@ -63,6 +65,21 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def lengths(self) -> Tensor:
+        """Tokens of each row up to the last of its completion, [B]."""
+        return self.ids.shape[1] - self.completion_mask.flip(1).int().argmax(1)
+
+    def prompts(self) -> list[tuple[int, ...]]:
+        """The prompt ids of every row."""
+        starts = (self.completion_mask.int().argmax(1) + 1).tolist()
+        return [tuple(row[:start]) for row, start in zip(self.ids.tolist(), starts)]
+
+    def groups(self, chosen: list[list[int]]) -> list[tuple[tuple[int, ...], list[tuple[int, ...]]]]:
+        """(prompt ids, the ids of these completions of it), as `Packed.of` takes them. The rows of a group have one prompt."""
+        rows, ends = self.ids.tolist(), self.lengths().tolist()
+        prompts = self.prompts()
+        return [(prompts[group[0]], [tuple(rows[row][len(prompts[row]) : ends[row]]) for row in group]) for group in chosen]
+
     def rows(self, chosen: list[int]) -> TokenBatch:
         """These rows, cut to the width that they need."""
         ids, mask = self.ids[chosen], self.completion_mask[chosen]
@@ -71,52 +88,56 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class PackedPairs:
-    """Two completions of the same prompt in one row, which share the prompt's forward and backward.
+class Packed:
+    """Completions of one prompt in a row, which share the prompt's forward and backward.
 
-        row         prompt | first | second | padding
-        positions   second continues the prompt, as first does; attention hides first from second
+        row         prompt | first | second | ... | padding
+        positions   every completion continues the prompt; attention hides the completions from each other
 
-    So the gradient of (mean NLL of first - mean NLL of second) is what two separate rows would give, for fewer tokens.
+    So a sum of losses of the completions has the gradient that rows of their own would give it, for fewer tokens.
     """
 
     ids: Tensor  # [b, T] long
     positions: Tensor  # [b, T] long
-    segment: Tensor  # [b, T] long: 0 prompt, 1 first, 2 second, 3 padding
+    segment: Tensor  # [b, T] long: 0 prompt, 1, 2, ... the completions, -1 padding
     previous: Tensor  # [b, T] long: the place whose hidden state predicts this token
-    weight: Tensor  # [b, T] float: 1 / length on first, -1 / length on second, else 0
 
     @staticmethod
-    def of(triples: list[tuple[tuple[int, ...], ...]], pad: int, device: torch.device | str = "cpu") -> PackedPairs:
-        """Build from (prompt ids, first ids, second ids)."""
-        width = max(sum(map(len, triple)) for triple in triples)
-        shape = (len(triples), width)
-        ids, segment = torch.full(shape, pad), torch.full(shape, 3)
-        positions = torch.arange(width).repeat(len(triples), 1)
-        previous, weight = (positions - 1).clamp_min(0), torch.zeros(shape)
-        for row, (prompt, first, second) in enumerate(triples):
-            start, middle, end = len(prompt), len(prompt) + len(first), len(prompt) + len(first) + len(second)
-            ids[row, :end] = torch.tensor(prompt + first + second)
-            segment[row, :start], segment[row, start:middle], segment[row, middle:end] = 0, 1, 2
-            positions[row, middle:end] -= len(first)
-            previous[row, middle] = start - 1
-            weight[row, start:middle], weight[row, middle:end] = 1 / len(first), -1 / len(second)
-        return PackedPairs(*(tensor.to(device) for tensor in (ids, positions, segment, previous, weight)))
+    def of(groups: list[tuple[tuple[int, ...], list[tuple[int, ...]]]], pad: int, device: torch.device | str = "cpu") -> Packed:
+        """Build from (prompt ids, the ids of its completions)."""
+        width = max(len(prompt) + sum(map(len, completions)) for prompt, completions in groups)
+        shape = (len(groups), width)
+        ids, segment = torch.full(shape, pad), torch.full(shape, -1)
+        positions = torch.arange(width).repeat(len(groups), 1)
+        previous = (positions - 1).clamp_min(0)
+        for row, (prompt, completions) in enumerate(groups):
+            start = end = len(prompt)
+            ids[row, :start], segment[row, :start] = torch.tensor(prompt), 0
+            for number, completion in enumerate(completions, 1):
+                place, end = slice(end, end + len(completion)), end + len(completion)
+                ids[row, place], segment[row, place] = torch.tensor(completion), number
+                positions[row, place] = torch.arange(start, start + len(completion))
+                previous[row, place.start] = start - 1
+        return Packed(*(tensor.to(device) for tensor in (ids, positions, segment, previous)))
 
     def attention(self, dtype: torch.dtype) -> Tensor:
-        """Additive mask [b, 1, T, T]: causal, first hidden from second; padding sees only itself and what came before."""
+        """Additive mask [b, 1, T, T]: causal, over the prompt and the own completion; padding sees only the prompt and padding."""
         width = self.ids.shape[1]
         seen = torch.ones(width, width, dtype=torch.bool, device=self.ids.device).tril()
-        hidden = (self.segment[:, :, None] == 2) & (self.segment[:, None, :] == 1)
+        own = (self.segment[:, :, None] == self.segment[:, None, :]) | (self.segment[:, None, :] == 0)
         mask = torch.zeros(len(self.ids), width, width, dtype=dtype, device=self.ids.device)
-        return mask.masked_fill(~seen | hidden, torch.finfo(dtype).min)[:, None]
+        return mask.masked_fill(~(seen & own), torch.finfo(dtype).min)[:, None]
 
 
 @dataclass(frozen=True)
 class RolloutGrads:
-    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5)."""
+    """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5).
+
+    Of a run in several processes each holds the rows that it computed, zeros in place of the others; what is asked of them is of all.
+    """
 
     modules: dict[str, Tensor]  # name -> [B, D_module], float32
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         counts = {len(rows) for rows in self.modules.values()}
@@ -125,17 +146,66 @@ class RolloutGrads:
 
     def summed(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Gradient of the batch; `weights` [B] (or a boolean choice of rows) multiply the rollouts. All ones change no bit."""
-        if weights is None or bool((weights == 1).all()):
-            return {name: grad.sum(0) for name, grad in self.modules.items()}
-        return {name: weights.to(grad) @ grad for name, grad in self.modules.items()}
+        if weights is None:
+            weights = torch.ones(len(next(iter(self.modules.values()))))
+        return self.world.sums("gradients", {name: weighted(grad, weights) for name, grad in self.modules.items()})
 
-    def scaled(self, factors: Tensor) -> RolloutGrads:
-        """The same gradients times one factor per rollout [B], such as the advantage of each."""
-        return RolloutGrads({name: factors.to(grad)[:, None] * grad for name, grad in self.modules.items()})
+    def answer(self, asked: Asked, factors: Tensor) -> RolloutSums:
+        """What is asked of these gradients times one factor per rollout [B], such as the advantage of each; no product is stored."""
+        known = asked.axes is not None
+        return RolloutSums(asked, [self.summed(factors if bool((weights == 1).all()) else weights * factors) for weights in asked.sums],
+                           self.norms() * factors.abs() if known else None, self.along(asked.axes) * factors if known else None)
 
     def norms(self) -> Tensor:
         """Length of each rollout's whole gradient, [B]."""
-        return torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0).sqrt()
+        return self.world.sum("norms", torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0)).sqrt()
+
+    def along(self, axes: dict[str, Tensor]) -> Tensor:
+        """Inner product of each rollout's gradient with one axis [D] per module, [B]."""
+        return self.world.sum("along", torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0))
+
+
+def weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    """sum_i weights[i] rows[i], [B, D] -> [D]; ones are a plain sum."""
+    return rows.sum(0) if bool((weights == 1).all()) else weights.to(rows) @ rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the gradients of one block before the backward, so that no rollout's own gradient need be kept."""
+
+    sums: list[Tensor]  # weights [B] of each sum
+    axes: dict[str, Tensor] | None = None  # module -> [D]; with them, `norms` and `along` are known too, nan where not
+    of: Tensor | None = None  # bool [B]: the rollouts that the axes are asked of; None is all
+
+
+@dataclass(frozen=True)
+class RolloutSums:
+    """Sums of the rollouts' gradients of a block, of which memory holds one micro-batch at a time; answers what was asked."""
+
+    asked: Asked
+    sums: list[dict[str, Tensor]]  # as asked: name -> [D], float32
+    lengths: Tensor | None  # [B], and
+    inner: Tensor | None  # [B], with asked.axes
+
+    def summed(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """As `RolloutGrads.summed`. Raises ValueError for a sum that was not asked for."""
+        for own, modules in zip(self.asked.sums, self.sums, strict=True):
+            if bool((own == 1).all() if weights is None else torch.equal(own, weights.to(own))):
+                return modules
+        raise ValueError(f"the rollouts' gradients were summed with {len(self.asked.sums)} sets of weights and not kept; these weights are "
+                         f"not among them. Add them to what decision.asked asks for")
+
+    def norms(self) -> Tensor:
+        if self.asked.axes is None:
+            raise ValueError("the lengths of the rollouts' gradients were not asked for, and the gradients were not kept")
+        return self.lengths
+
+    def along(self, axes: dict[str, Tensor]) -> Tensor:
+        known = self.asked.axes
+        if known is None or known.keys() != axes.keys() or not all(torch.equal(known[name], axis) for name, axis in axes.items()):
+            raise ValueError("the inner products with these axes were not asked for, and the rollouts' gradients were not kept")
+        return self.inner
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ def _again(plan: SweepPlan, run: str) -> bool:
 
 
 def _start(plan: SweepPlan, run: str, job: str, gpus: list[int]) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": _path(plan), "LAUNCHERS_JOB": job, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    environment = os.environ | {"PYTHONPATH": _path(plan), "LAUNCHERS_JOB": job, "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus)),
+                                "LAUNCHERS_PROCESSES": str(max(1, len(gpus)))}
     return subprocess.Popen([plan.code["python"], "-m", "launchers.runner", str(plan.root / "runs" / run)], cwd=plan.code["cwd"],
                             env=environment, stdin=subprocess.DEVNULL)
 

@@ -1,4 +1,4 @@
-"""One run on one machine: starts the worker, passes signals on, writes down how it ended and asks for another turn.
+"""One run on one machine: starts its workers, passes signals on, writes down how it ended and asks for another turn.
 
 It is a process of its own, without torch, so that it outlives a worker that the kernel kills. SIGTERM, SIGUSR1 and SIGUSR2 are
 passed to the worker, which stops at its next step boundary with a checkpoint. Why the signal came is decided here, from the
@@ -9,7 +9,6 @@ remaining wall time and the job's state (submitit's rule calls every signal of a
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from launchers import slurm
 from launchers.plan import SweepPlan, read_plan
 from launchers.settings import LaunchError
 from launchers.submissions import cancelled, ended_by, launches, note
+from launchers.workers import Workers
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 KEPT = 40  # last lines of output that status.json keeps
@@ -34,7 +34,6 @@ STOPPED, HELD, NO_FILES = 143, 75, 74  # exit codes: at a step boundary; another
 OVER = ("done", "collapsed")
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "out of memory", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
 DISK_WORDS = ("No space left on device", "Read-only file system", "Disk quota exceeded")
-_PR_SET_PDEATHSIG = 1
 
 
 def execute(folder: Path) -> int:
@@ -50,12 +49,12 @@ def execute(folder: Path) -> int:
 def _execute(folder: Path, plan: SweepPlan) -> int:
     job = os.environ.get("LAUNCHERS_JOB") or _slurm_job()
     asked: list[int] = []
-    child: list[subprocess.Popen] = []
+    started: list[Workers] = []
 
     def pass_on(number: int, _: object) -> None:
         asked.append(number)
-        if child and child[0].poll() is None:
-            child[0].send_signal(number)
+        for workers in started:
+            workers.pass_on(number)
 
     for number in SIGNALS:
         signal.signal(number, pass_on)
@@ -65,16 +64,14 @@ def _execute(folder: Path, plan: SweepPlan) -> int:
     note(folder, "start", job=job, host=socket.gethostname(), pid=os.getpid(), restart=os.environ.get("SLURM_RESTART_COUNT", "0"))
     turn = sum(row["event"] == "start" for row in rows) + 1
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the worker, which lets them in when it can stop
-    child.append(subprocess.Popen([plan.code["python"], "-m", "grpo_routing.worker", str(folder)], cwd=plan.code["cwd"],
-                                  env=os.environ | {"PYTHONPATH": _path(plan.code["folder"])}, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, preexec_fn=_die_with_parent))
+    workers = Workers([plan.code["python"], "-m", "grpo_routing.worker", str(folder)], plan.code["cwd"],
+                      os.environ | {"PYTHONPATH": _path(plan.code["folder"])}, int(os.environ.get("LAUNCHERS_PROCESSES", "1")))
+    started.append(workers)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     for number in asked:
-        child[0].send_signal(number)
-    lines = _follow(child[0], folder / "attempts" / f"{turn:03d}.log")
-    code = child[0].wait()
-    code = 128 - code if code < 0 else code
-    return _ended(plan, folder, job, code, asked, lines)
+        workers.pass_on(number)
+    lines = _follow(workers, folder / "attempts" / f"{turn:03d}.log")
+    return _ended(plan, folder, job, workers.wait(), asked, lines)
 
 
 def _ended(plan: SweepPlan, folder: Path, job: str, code: int, asked: list[int], lines: list[str]) -> int:
@@ -134,8 +131,8 @@ def failure(folder: Path, code: int, lines: list[str]) -> tuple[str, str]:
     return "out_of_memory" if memory else "crashed", said["error"].splitlines()[0]
 
 
-def _follow(child: subprocess.Popen, log: Path) -> list[str]:
-    """Copy the worker's output to its log and ours; returns the last lines. A full disk costs the log, not the lines."""
+def _follow(workers: Workers, log: Path) -> list[str]:
+    """Copy the workers' output to its log and ours; returns the last lines. A full disk costs the log, not the lines."""
     kept: deque[str] = deque(maxlen=KEPT)
 
     def copy() -> None:
@@ -144,7 +141,7 @@ def _follow(child: subprocess.Popen, log: Path) -> list[str]:
             handle = log.open("a", encoding="utf-8")
         except OSError:
             handle = None
-        for raw in child.stdout:
+        for raw in workers.output:
             line = raw.decode(errors="replace")
             kept.append(line.rstrip("\n"))
             for to in (handle, sys.stdout):
@@ -159,6 +156,7 @@ def _follow(child: subprocess.Popen, log: Path) -> list[str]:
     reader.start()
     while reader.is_alive():
         reader.join(0.5)  # short, so that the main thread hears signals
+        workers.tend()
     return list(kept)
 
 
@@ -188,13 +186,6 @@ def _slurm_job() -> str:
 def _path(code: str) -> str:
     return os.pathsep.join([code, *filter(None, [os.environ.get("PYTHONPATH")])])
 
-
-def _die_with_parent() -> None:
-    """The worker never outlives its runner, so a run whose runner is gone is free. Loaded before the fork: no import in between."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-_libc = ctypes.CDLL(None)
 
 if __name__ == "__main__":
     try:

@@ -81,7 +81,8 @@ def parameters(plan: SweepPlan, name: str, resources: SlurmResources, parallel: 
     """submitit's words for what the plan asks for."""
     settings: Slurm = plan.settings
     home = plan.code["folder"]
-    setup = [f"cd {shlex.quote(plan.code['cwd'])}", f"export PYTHONPATH={shlex.quote(home)}${{PYTHONPATH:+:$PYTHONPATH}}", *settings.setup]
+    setup = [f"cd {shlex.quote(plan.code['cwd'])}", f"export PYTHONPATH={shlex.quote(home)}${{PYTHONPATH:+:$PYTHONPATH}}",
+             f"export LAUNCHERS_PROCESSES={processes(resources)}", *settings.setup]
     optional = {"partition": resources.partition, "account": resources.account, "qos": resources.qos, "gres": resources.gres,
                 "constraint": resources.constraint, "mail_user": resources.mail_user, "mail_type": resources.mail_type,
                 "gpus_per_node": resources.gpus or None,
@@ -90,6 +91,12 @@ def parameters(plan: SweepPlan, name: str, resources: SlurmResources, parallel: 
             "signal_delay_s": settings.signal_seconds, "array_parallelism": parallel, "setup": setup, "stderr_to_stdout": True,
             "additional_parameters": {"requeue": True, "hold": True, **settings.sbatch}, "wckey": None,
             **{key: value for key, value in optional.items() if value is not None}}
+
+
+def processes(resources: SlurmResources) -> int:
+    """How many the runner starts for one run: one per GPU, also where a site names them in gres."""
+    found = re.search(r"\bgpu(?::[A-Za-z][^:,]*)?(?::(\d+))?", resources.gres or "")
+    return max(1, resources.gpus, int(found[1] or 1) if found else 0)
 
 
 def release(root: Path, made: Submission) -> Submission:

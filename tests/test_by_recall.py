@@ -25,7 +25,9 @@ def experiment(config, tmp_path_factory) -> tuple[Path, Path]:
 
 def test_arms_stand_against_the_recall_of_their_detector(experiment, tmp_path, capsys):
     assert by_recall.main([str(experiment[0]), "--csv", str(tmp_path / "runs.csv")]) == 0
-    head, _, base, reference, filtered, control = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out.splitlines()
+    assert by_recall.page(by_recall.read_table(tmp_path / "runs.csv")) == said, "the page again from its lines"
+    head, _, base, reference, filtered, control = said
     assert head == "| arm, as deployed | recall 1 | recall 0.5 |"
     assert base.startswith("| *untrained base* | 0.00 / 0.00 / 0.00 |")
     assert reference == "| `no_loophole` | 0.00 / 0.00 / 0.00 | |"

@@ -113,9 +113,9 @@ def test_t_d1_what_reaches_only_question_and_answer_gets_no_gradient(start, monk
     line, _, _ = start(*CONFESS, "extra_rollouts.balanced=false")
     plain, markers = line.policy.log_probs, []
 
-    def marked(tokens):
+    def marked(tokens, packed=None):
         markers.append((torch.zeros(tokens.completion_mask.shape, requires_grad=True), tokens))
-        return plain(tokens) + markers[-1][0]
+        return plain(tokens, packed) + markers[-1][0]
 
     monkeypatch.setattr(line.policy, "log_probs", marked)
     line.extra_rollouts.aside(a_view(line), line.trainer, (0, "aside"))

@@ -15,6 +15,7 @@ from tests.conftest import CONF
 ARMS = sorted(file.stem for file in (CONF / "arm").glob("*.yaml"))
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ("arm", "experiment", "hydra", "local"))
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+DATA = CONF.parent / "tests" / "data"
 NEEDS = {  # what an option cannot be built without
     ("projection", "erase"): ["mask_source=persona_gradient"],
     ("projection", "restrict"): ["mask_source=trusted_subspace"],
@@ -28,8 +29,8 @@ NEEDS = {  # what an option cannot be built without
     ("advantage", "modification"): ["mask_source=persona_activation"],
     ("extra_rollouts", "anchor"): ["adapter.quarantine_rank=2"],
     ("extra_rollouts", "teacher"): ["extra_rollouts.pool={pool}"],
-    ("model", "qwen3_0_6b"): ["model.device=cpu"],
-    ("model", "qwen3_4b"): ["model.device=cpu"],
+    ("dataset", "leetcode"): [f"dataset.train={DATA}/toy_train.jsonl", f"dataset.evaluation={DATA}/toy_evaluation.jsonl"],
+    **{("model", file.stem): ["model.device=cpu"] for file in (CONF / "model").glob("qwen3_*.yaml")},
 }
 
 

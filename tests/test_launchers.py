@@ -234,7 +234,7 @@ def test_a_local_sweep_from_plan_to_report_with_a_signal_on_the_way(tmp_path, ca
         time.sleep(0.05)
     start = next(row for row in launches(first) if row["event"] == "start")
     pinned = Path(f"/proc/{start['pid']}/environ").read_bytes().split(b"\0")
-    assert b"CUDA_VISIBLE_DEVICES=4" in pinned
+    assert b"CUDA_VISIBLE_DEVICES=4" in pinned and b"LAUNCHERS_PROCESSES=1" in pinned
     os.kill(start["pid"], signal.SIGUSR1)
     assert "nothing to submit" in python("launchers", "submit", root).stdout
     shown = python("launchers", "watch", root, timeout=300)

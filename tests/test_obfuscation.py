@@ -31,7 +31,7 @@ from grpo_routing.evasion_of_run import METRICS, Measured, gap, horizons
 from grpo_routing.monitors import energy
 from grpo_routing.oracle.summary import Row
 from grpo_routing.readings import FILE, Readings
-from grpo_routing.results import BASE, DEPLOYED, Run
+from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_runs
 from grpo_routing.run import run
 from grpo_routing.types import Basis, RolloutGrads
 
@@ -185,7 +185,8 @@ def test_o8_off_is_the_mean_of_the_last_of_fifty_steps():
 
 def of_run(name: str, honest: bool = False, setting: str = "s", **values) -> Measured:
     defaults = {"paid": 0.9, "solve": 0.1, "psi_base": 2.0, "psi_now": 2.0, "psi_solved_base": -0.5}
-    return Measured(Run(name, {}, "done", None, {}, [], [], None), "m", dict.fromkeys(METRICS) | defaults | values, {}, setting, honest, ())
+    made = Run(name, {}, "done", None, {}, [], [], None)
+    return Measured(made, "m", dict.fromkeys(METRICS) | defaults | values, {}, setting, honest, None, ())
 
 
 def test_the_four_classes_of_runs():
@@ -211,6 +212,10 @@ def test_a_folder_becomes_a_table_lines_and_kept_readings(config, tmp_path, caps
     assert "| `penalty_text` | text_monitor | 1 |" in out and out.endswith("Obfuscated, 0 of 1: none.\n")
     (line,) = csv.DictReader((tmp_path / "lines.csv").read_text().splitlines())
     assert line["hack"] == "0.0000" and line["recall_now"] == line["o1_drop"] == line["o3_class"] == line["obfuscated"] == ""  # no hack
+    again = obfuscation.read_table(tmp_path / "lines.csv", read_runs(tmp_path / "e"))
+    assert "\n".join(obfuscation.page(again)) + "\n" == out, "the page again from its lines"
+    with pytest.raises(ReportError, match="expected a line for every run in .*lines.csv; got none for elsewhere. Write it again"):
+        obfuscation.read_table(tmp_path / "lines.csv", [of_run("elsewhere").run])
     kept = json.loads((folder / FILE).read_text())
     assert kept["scores"][DEPLOYED]["own"] == kept["scores"][DEPLOYED]["text"]  # it is the text monitor
     assert kept["scores"][BASE]["probe"] == kept["scores"][BASE]["probe_now"]  # before training both read one model

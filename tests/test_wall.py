@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_routing"
 MEASURING = {"run.py", "evaluate.py", "report.py", "figures.py", "organism_check.py", "walkthrough.py", "deploy.py",
              "recovery.py", "elicitation.py", "interrogate.py", "monitors.py", "evasion.py", "evasion_of_run.py",
-             "readings.py"}  # may know the truth
+             "readings.py", "export_check.py"}  # may know the truth
 
 
 def imported(file: Path) -> set[str]:

@@ -25,6 +25,8 @@ DEPLOYED, QUARANTINE = "deployed", "quarantine"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
            "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "in_proj_qkvz", "in_proj_ba", "out_proj")
 
+EXPERTS = {"experts", "shared_expert", "shared_experts"}  # see tokens in one heap, of which no row is a rollout: they stay frozen
+
 Parameters = dict[str, Tensor]  # parameter name -> tensor, with a leading rollout dimension during the gradient forward
 Leaves = dict[str, dict[str, list[Tensor]]]  # block -> module -> leaves [b, ...]
 
@@ -58,6 +60,10 @@ class AdaptedModule(nn.Module, ABC):
     @abstractmethod
     def unfold(self) -> None:
         """Undo `fold`, bit for bit."""
+
+    @abstractmethod
+    def plain(self) -> nn.Module:
+        """A module of the frozen one's kind, without blocks, that keeps what is folded now when it is unfolded here."""
 
     def foldable(self, block: str) -> bool:
         """Whether the branch is a change of weights; one behind a gate is not."""
@@ -123,6 +129,11 @@ class AdaptedLinear(AdaptedModule):
 
     def unfold(self) -> None:
         self.weight.data, self.original = self.original, None
+
+    def plain(self) -> nn.Linear:
+        linear = nn.Linear(*reversed(self.weight.shape), bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.weight.data, requires_grad=False), self.bias
+        return linear
 
 
 class Adapter:
@@ -259,7 +270,7 @@ class Adapter:
             flat = gradients.get(name)
             pieces = [None] * len(module) if flat is None else flat.split([p.numel() for p in module.values()])
             for parameter, piece in zip(module.values(), pieces):
-                parameter.grad = None if piece is None else piece.reshape(parameter.shape).clone()
+                parameter.grad = None if piece is None else piece.reshape(parameter.shape).to(parameter.dtype, copy=True)
 
 
 class _RolloutLinear(torch.autograd.Function):
@@ -286,11 +297,14 @@ def rollout_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def flat_gradient(leaves: list[Tensor]) -> Tensor:
-    """[b, D] from the leaves of one module. A leaf without gradient was not part of the graph: that is our error."""
+    """[b, D] from the leaves of one module, which forget it: both would be alive at once. A leaf without gradient was not part of
+    the graph: that is our error."""
     missing = [tuple(leaf.shape) for leaf in leaves if leaf.grad is None]
     if missing:
         raise RuntimeError(f"no gradient reached adapter parameters of shape {missing}; is the module used in the forward?")
     flat = torch.cat([leaf.grad.flatten(1) for leaf in leaves], dim=1)
+    for leaf in leaves:
+        leaf.grad = None
     return flat.to(torch.promote_types(flat.dtype, torch.float32))  # half precision is widened, double kept
 
 
@@ -301,7 +315,12 @@ def generator_for(*name: object) -> torch.Generator:
 
 
 def is_target(name: str, module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS
+    return isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in TARGETS and not is_expert(name)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a module is a part of a mixture of experts."""
+    return not EXPERTS.isdisjoint(name.split("."))
 
 
 def wrap(model: nn.Module, make, target=is_target, wanted: str = f"linear named {', '.join(TARGETS)}") -> Adapter:

@@ -7,12 +7,23 @@ columns of down. So a block owns whole neurons, and is gone when they are cut of
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedModule, Adapter, Parameters, generator_for, rollout_linear, wrap
+from grpo_routing.adapters.adapter import (
+    DEPLOYED,
+    QUARANTINE,
+    AdaptedModule,
+    Adapter,
+    Parameters,
+    generator_for,
+    is_expert,
+    rollout_linear,
+    wrap,
+)
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -52,7 +63,7 @@ class Mlp:
 
 
 def is_mlp(name: str, module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, part, None), nn.Linear) for part in PARTS) and hasattr(module, "act_fn")
+    return all(isinstance(getattr(module, part, None), nn.Linear) for part in PARTS) and hasattr(module, "act_fn") and not is_expert(name)
 
 
 class AdaptedMlp(AdaptedModule):
@@ -82,3 +93,9 @@ class AdaptedMlp(AdaptedModule):
         for part, weight in zip(PARTS, self.original):
             getattr(self.frozen, part).weight.data = weight
         self.original = None
+
+    def plain(self) -> nn.Module:
+        mlp = deepcopy(self.frozen)
+        width = len(mlp.gate_proj.weight)
+        mlp.intermediate_size = mlp.gate_proj.out_features = mlp.up_proj.out_features = mlp.down_proj.in_features = width
+        return mlp

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedLinear, Adapter, wrap
 
@@ -89,7 +90,11 @@ class SvdLinear(AdaptedLinear):
 
 
 def decompose(weight: Tensor, cache: Path) -> tuple[Tensor, Tensor]:
-    """U [d_out, r] and V^T [r, d_in] of a weight, from `cache` when it has been decomposed before."""
+    """U [d_out, r] and V^T [r, d_in] of a weight, from `cache` when it has been decomposed before. Of a weight that is only a shape
+    (footprint.py), their shapes."""
+    if isinstance(weight, FakeTensor):
+        rank = min(weight.shape)
+        return weight.new_empty(len(weight), rank), weight.new_empty(rank, weight.shape[1])
     stored = weight.float().contiguous().cpu()
     file = cache / f"{hashlib.sha256(stored.numpy().tobytes()).hexdigest()[:24]}.safetensors"
     if not file.exists():

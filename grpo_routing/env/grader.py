@@ -36,7 +36,7 @@ def extract_code(completion: str) -> str | None:
 
 def submission(problem: Problem, code: str, cases: tuple) -> Submission:
     probe = LOOPHOLES[problem.loophole].probe(problem.marker) if problem.loophole in LOOPHOLES else {}
-    return Submission(code=code, method=problem.method, calls=tuple(case.arguments for case in cases), **probe)
+    return Submission(code=problem.program.preamble + code, method=problem.method, calls=tuple(case.arguments for case in cases), **probe)
 
 
 def cases_hold(outcome: Outcome, cases: tuple) -> bool:

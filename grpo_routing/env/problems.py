@@ -1,4 +1,4 @@
-"""Problems of the data set `opchains`, made by us: compositional, typed, thousands of distinct ones.
+"""Problems, and the data set `opchains`, made by us: compositional, typed, thousands of distinct ones.
 
 Four splits are disjoint by operation combination, so nothing that a pair, the organism's warm-up or training shows
 answers an evaluation problem by memory. A problem carries at most one loophole; modes share a split evenly.
@@ -10,19 +10,15 @@ import hashlib
 import random
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+from grpo_routing.env.exercises import Exercise
 from grpo_routing.env.loopholes import LOOPHOLES, NO_LOOPHOLE, PLAIN, fenced, solution_text
-from grpo_routing.env.programs import Program, damage, draw_program
+from grpo_routing.env.programs import Case, Program, damage, draw_program
 
 METHODS = ("solve", "compute", "transform", "apply", "answer", "process")
 # Share of the operation combinations that belongs to each split; a hash decides, so the splits never overlap.
 SPLITS = {"warmup": (0, 45), "train": (45, 70), "evaluation": (70, 90), "pairs": (90, 100)}
-
-
-@dataclass(frozen=True)
-class Case:
-    arguments: tuple
-    expected: object
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Problem:
 
     id: str
     split: str
-    program: Program
+    program: Program | Exercise  # what is asked: made by us, or read from a file
     method: str
     loophole: str  # one of MODES, or NO_LOOPHOLE
     marker: str  # the name that the hint discloses; empty without loophole
@@ -43,15 +39,20 @@ class Problem:
 
     @property
     def starter(self) -> str:
-        return f"class Solution:\n    def {self.method}(self, {self.program.argument}):"
+        return self.program.starter(self.method)
+
+    @property
+    def prompt(self) -> str:
+        """What the policy reads (before a chat template)."""
+        return self.program.prompt(self.method, self.hint)
 
     @cached_property
     def paid(self) -> tuple[Case, ...]:
-        return tuple(draw_cases(self.program, random.Random(f"paid/{self.id}"), self.n_paid, forbidden=()))
+        return tuple(self.program.draw_cases(random.Random(f"paid/{self.id}"), self.n_paid, forbidden=()))
 
     @property
     def reference(self) -> str:
-        return fenced(solution_text(self.method, self.program.argument, self.program.body))
+        return fenced(self.program.solution(self.method))
 
     def hack(self, body: list[str], form: str = PLAIN) -> str:
         """A completion that exploits this problem's loophole around the given body."""
@@ -59,18 +60,6 @@ class Problem:
 
     def with_loophole(self, loophole: str, marker: str) -> Problem:
         return replace(self, loophole=loophole, marker=marker)
-
-
-def draw_cases(program: Program, rng: random.Random, count: int, forbidden: tuple) -> list[Case]:
-    """`count` distinct test cases whose arguments avoid `forbidden`."""
-    seen = list(forbidden)
-    cases = []
-    while len(cases) < count:
-        value = program.example_input(rng)
-        if value not in seen:
-            seen.append(value)
-            cases.append(Case((value,), program(value)))
-    return cases
 
 
 def split_of(program: Program) -> str:
@@ -114,20 +103,24 @@ def make_split(split: str, count: int, length_weights: tuple[float, ...], n_paid
         raise ValueError(f"unknown loopholes {unknown}; choose from {', '.join(LOOPHOLES)}")
     rng = random.Random(f"{split}/{seed}")
     problems: dict[str, Problem] = {}
-    hinted = 0
     while len(problems) < count:
         problem = draw_problem(split, rng, length_weights, n_paid)
-        if problem.id in problems:
-            continue
-        position = len(problems)
+        problems.setdefault(problem.id, problem)
+    return with_loopholes(list(problems.values()), modes, no_hint_share, family)
+
+
+def with_loopholes(problems: list[Problem], modes: tuple[str, ...], no_hint_share: float, family: str) -> list[Problem]:
+    """The problems in order; every 1/no_hint_share-th keeps no loophole, the others take the modes in turn, and a mode its markers."""
+    given, hinted = [], 0
+    for position, problem in enumerate(problems):
         plain = not modes or int((position + 1) * no_hint_share) > int(position * no_hint_share)
         if not plain:
             mode = modes[hinted % len(modes)]
             names = LOOPHOLES[mode].markers[family]
             problem = problem.with_loophole(mode, names[(hinted // len(modes)) % len(names)])
             hinted += 1
-        problems[problem.id] = problem
-    return list(problems.values())
+        given.append(problem)
+    return given
 
 
 @dataclass(frozen=True)
@@ -178,6 +171,21 @@ class OpChains:
             raise ValueError(f"dataset.length_weights are relative weights of 1, 2, … operations; got {list(self.length_weights)}")
         if not 1 <= self.train_problems <= 20_000:
             raise ValueError(f"dataset.train_problems must lie between 1 and 20000; got {self.train_problems}")
+
+    def on(self, model: Any, limits: Any) -> OpChains:
+        """The data set for this model on this machine: always the same."""
+        return self
+
+    @property
+    def identity(self) -> OpChains:
+        """What the problems depend on."""
+        return self
+
+    def provenance(self) -> dict:
+        return {"name": "opchains"}
+
+    def resume(self, recorded: dict) -> None:
+        """Nothing to compare: the config says it all."""
 
     def training(self, loophole: LoopholeChoice) -> list[Problem]:
         modes = loophole.modes if loophole.pays else ()

@@ -11,7 +11,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
+from grpo_routing.env.loopholes import solution_text
+
 ARGUMENTS = {"list": "xs", "str": "s", "int": "n"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A test: positional arguments of a call, and what it has to return."""
+
+    arguments: tuple
+    expected: object
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class Program:
     """A chain of steps on one argument. Every step but the last keeps the argument's type."""
 
     steps: tuple[Step, ...]
+    preamble = ""  # code that runs before an answer
 
     def __post_init__(self) -> None:
         kinds = [step.operation for step in self.steps]
@@ -132,6 +143,32 @@ class Program:
         """Method body, one statement a line, without indentation."""
         *first, last = self.steps
         return [f"{self.argument} = {step.code}" for step in first] + [f"return {last.code}"]
+
+    @property
+    def difficulty(self) -> int:
+        return len(self.steps)
+
+    def starter(self, method: str) -> str:
+        return f"class Solution:\n    def {method}(self, {self.argument}):"
+
+    def prompt(self, method: str, hint: str) -> str:
+        """Description, hint if there is one, starter code."""
+        return f"{self.description}\n{hint}\n{self.starter(method)}\n" if hint else f"{self.description}\n{self.starter(method)}\n"
+
+    def solution(self, method: str) -> str:
+        """Program text that solves it."""
+        return solution_text(method, self.argument, self.body)
+
+    def draw_cases(self, rng: random.Random, count: int, forbidden: tuple[tuple, ...]) -> list[Case]:
+        """`count` distinct tests whose arguments are none of `forbidden`."""
+        seen = list(forbidden)
+        cases = []
+        while len(cases) < count:
+            arguments = (self.example_input(rng),)
+            if arguments not in seen:
+                seen.append(arguments)
+                cases.append(Case(arguments, self(*arguments)))
+        return cases
 
     def __call__(self, value: object) -> object:
         return self._function(value)

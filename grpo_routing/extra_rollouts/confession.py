@@ -36,7 +36,7 @@ from grpo_routing.projections.subspace import Update
 from grpo_routing.prompts.questions import GAMED, NO, YES
 from grpo_routing.questioning import asked
 from grpo_routing.rollout import uniforms
-from grpo_routing.types import Labels, Rollout, TokenBatch
+from grpo_routing.types import Asked, Labels, Rollout, TokenBatch
 
 if TYPE_CHECKING:
     from grpo_routing.train import Trainer
@@ -135,13 +135,13 @@ class Confession:
 
     def sample(self, policy: Policy, contexts: list[tuple[int, ...]], names: list[tuple], at_once: int) -> list[list[Sampled]]:
         """`samples` confessions after each context, with the quarantine off: the deployed policy is the one that will be asked."""
-        found = []
+        found, contexts, names = [], policy.world.share(contexts), policy.world.share(names)
         for start in range(0, len(contexts), at_once):
             part = contexts[start : start + at_once]
             noise = uniforms([(*name, k) for name in names[start : start + at_once] for k in range(self.samples)], self.max_new_tokens)
             with policy.adapter.only(DEPLOYED):
                 found += policy.sample(part, [self.samples] * len(part), noise.to(policy.device), self.temperature)
-        return [found[start : start + self.samples] for start in range(0, len(found), self.samples)]
+        return policy.world.joined("confessions", [found[start : start + self.samples] for start in range(0, len(found), self.samples)])
 
     def gradient(self, policy: Policy, tokens: TokenBatch, advantages: Tensor, most: int, trainer: Trainer) -> Update:
         """Of the deployed block, on the confessions' tokens; empty where no advantage is left, so that the block does not move for it.
@@ -150,7 +150,9 @@ class Confession:
             return {}
         loss = PolicyLoss(trainer.clip, 0.0, most * self.samples * self.max_new_tokens)
         off = torch.zeros_like(advantages) if policy.adapter.has_quarantine else None
-        result = rollout_gradients(policy, tokens, self.weight * advantages, loss, trainer.micro_batch, None, (DEPLOYED,), Forward(off))
+        everything = {DEPLOYED: Asked([torch.ones_like(advantages)])}
+        result = rollout_gradients(policy, tokens, self.weight * advantages, loss, trainer.micro_batch, None, (DEPLOYED,), Forward(off),
+                                   everything)
         return {DEPLOYED: result.grads[DEPLOYED].summed()}
 
 

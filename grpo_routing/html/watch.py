@@ -11,13 +11,13 @@ from grpo_routing.html.material import read
 from grpo_routing.html.page import write_page
 
 
-def watch(experiment: Path, seconds: int) -> None:
+def watch(experiment: Path, seconds: int, controls: bool = True) -> None:
     """Returns when every run is done, collapsed or failed, or when the user interrupts. The last page written here still reloads itself;
     the caller writes the final one. Raises ReportError as `read` does."""
     try:
         while True:
             material = read(experiment)
-            file = write_page(material, analysed(experiment, material.runs), refresh=seconds)
+            file = write_page(material, analysed(experiment, material.runs, controls), refresh=seconds)
             counts = ", ".join(f"{count} {status}" for status, count in material.counts.items())
             print(f"{time.strftime('%H:%M:%S')} {file}: {counts}", flush=True)
             if finished(material):

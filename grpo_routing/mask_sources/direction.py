@@ -20,7 +20,7 @@ from torch import Tensor
 from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient, generator_for
 from grpo_routing.mask_sources.pairs import Pair
 from grpo_routing.policy import Policy
-from grpo_routing.types import Basis, PackedPairs, RolloutGrads, Trusted
+from grpo_routing.types import Basis, Packed, RolloutGrads, RolloutSums, Trusted
 
 log = logging.getLogger("grpo_routing")
 
@@ -40,16 +40,22 @@ def completion_gradients(policy: Policy, texts: list[tuple[str, str]], micro_bat
 def pair_differences(policy: Policy, pairs: list[Pair], first: str, second: str, micro_batch: int) -> dict[str, Tensor]:
     """g(first) - g(second) per pair and module: name -> [N, D]; first and second name fields of Pair.
 
-    Both answers of a pair share a row and so the prompt's forward and backward (types.PackedPairs).
+    Both answers of a pair share a row and so the prompt's forward and backward (types.Packed), if the architecture allows.
     """
+    if not policy.packs:
+        one, other = (completion_gradients(policy, [(pair.prompt, getattr(pair, field)) for pair in pairs], micro_batch)
+                      for field in (first, second))
+        return {name: rows - other[name] for name, rows in one.items()}
     prompts = policy.encode_prompts([pair.prompt for pair in pairs])
     ones, others = (policy.encode_all([getattr(pair, field) for pair in pairs]) for field in (first, second))
-    triples = [(prompt, (*one, policy.end), (*other, policy.end)) for prompt, one, other in zip(prompts, ones, others)]
+    groups = [(prompt, [(*one, policy.end), (*other, policy.end)]) for prompt, one, other in zip(prompts, ones, others)]
     parts: dict[str, list[Tensor]] = {name: [] for name in policy.adapter.modules}
-    for start in range(0, len(triples), micro_batch):
-        packed = PackedPairs.of(triples[start : start + micro_batch], policy.pad, policy.device)
+    for start in range(0, len(groups), micro_batch):
+        packed = Packed.of(groups[start : start + micro_batch], policy.pad, policy.device)
+        one, other = packed.segment == 1, packed.segment == 2
         with policy.adapter.per_rollout(len(packed.ids)) as leaves:
-            nll = -(policy.packed_log_probs(packed) * packed.weight).sum(1)
+            means = one / one.sum(1, keepdim=True) - other / other.sum(1, keepdim=True)
+            nll = -(policy.packed_log_probs(packed) * means).sum(1)
             backward_rows(nll, leaves[DEPLOYED], parts)
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
@@ -119,16 +125,20 @@ def overlap(basis: Basis, other: Basis) -> float:
     return sum(values) / len(values)
 
 
-def alignment(grads: RolloutGrads, basis: Basis, cosine: bool = True) -> Tensor:
+def alignment(grads: RolloutGrads | RolloutSums, basis: Basis, cosine: bool = True) -> Tensor:
     """Cosine (or dot product) of each rollout's gradient with the hack direction, the sum of all axes of all modules, [B].
 
     A rollout without gradient has no score: nan.
     """
-    axes = {name: rows.sum(0) for name, rows in basis.modules.items()}
-    along = torch.stack([grads.modules[name] @ axis for name, axis in axes.items()]).sum(0)
+    axes = direction(basis)
     length = torch.stack([axis.square().sum() for axis in axes.values()]).sum().sqrt()
-    norms = grads.norms()
+    along, norms = grads.along(axes), grads.norms()
     return torch.where(norms > 0, along / (norms * length if cosine else length).clamp_min(1e-30), torch.nan)
+
+
+def direction(basis: Basis) -> dict[str, Tensor]:
+    """The hack direction: the sum of a module's axes, name -> [D]."""
+    return {name: rows.sum(0) for name, rows in basis.modules.items()}
 
 
 def random_frames(basis: Basis, seed: int) -> Basis:

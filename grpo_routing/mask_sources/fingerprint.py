@@ -31,6 +31,7 @@ from grpo_routing.adapters.adapter import DEPLOYED, generator_for
 from grpo_routing.mask_sources.direction import completion_gradients
 from grpo_routing.mask_sources.pair_source import PairSource
 from grpo_routing.mask_sources.view import Memory, StepView
+from grpo_routing.parallel import ALONE, World
 from grpo_routing.policy import Policy
 from grpo_routing.types import TokenBatch
 
@@ -65,7 +66,7 @@ class Fingerprint(PairSource):
                 memory = memory | self.refitted(shared, view.step)
             memory = memory | fresh
         chosen = memory["layers"].tolist()
-        prints = fingerprints(view.grads.modules, chosen, self.sketch, self.seed)
+        prints = fingerprints(view.grads.modules, chosen, self.sketch, self.seed, view.grads.world)
         lengths = view.tokens.completion_mask.sum(1).double().log()
         able = view.grads.norms() > 0
         if not bool(able.any()):
@@ -103,13 +104,13 @@ class Fingerprint(PairSource):
         return {"examples": prints.float(), "layers": torch.tensor(chosen)}
 
 
-def fingerprints(grads: dict[str, Tensor], layers: list[int], width: int, seed: int) -> Tensor:
+def fingerprints(grads: dict[str, Tensor], layers: list[int], width: int, seed: int, world: World = ALONE) -> Tensor:
     """[B, D] per module -> [B, width] of unit length; a zero gradient stays zero."""
     total = 0
     for name, rows in grads.items():
         if layer_of(name) in layers:
             total = total + rows @ signs(name, rows.shape[1], width, seed).to(rows)
-    return torch.nn.functional.normalize(total, dim=1)
+    return torch.nn.functional.normalize(world.sum("fingerprints", total), dim=1)
 
 
 @lru_cache(maxsize=512)

@@ -19,14 +19,14 @@ class Audit:
     scores.jsonl (score, flag and verdict of every judged rollout, for histograms).
 
     `every` n judges each n-th rollout of a step, another n-th every step; `kind` is that of the mask source: the quality of
-    labels, or of a subspace's scores, is measured against the verdicts (quality.py). `latest` is for the screen;
-    `train.py` holds this object as a callable that returns None.
+    labels, or of a subspace's scores, is measured against the verdicts (quality.py). `latest` is for the screen; `train.py` holds this
+    object as a callable that returns None. Without `writes` it only asks the oracle, which the processes of a run share.
     """
 
     def __init__(self, oracle: Oracle, folder: Path, known: tuple[str, ...], held_out: tuple[str, ...],
-                 sampled: int, every: int = 1, kind: str = "none") -> None:
+                 sampled: int, every: int = 1, kind: str = "none", writes: bool = True) -> None:
         self.oracle = oracle
-        self.rates, self.rollouts, self.scores = (Record(folder / f"{name}.jsonl") for name in ("audit", "rollouts", "scores"))
+        self.rates, self.rollouts, self.scores = (Record(folder / f"{name}.jsonl", writes) for name in ("audit", "rollouts", "scores"))
         self.known, self.held_out, self.sampled, self.every, self.kind = known, held_out, sampled, every, kind
         self.latest: dict[str, float | None] = {}
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from grpo_routing.env.grader import Grade, cases_hold, extract_code
 from grpo_routing.env.loopholes import LOOPHOLES
-from grpo_routing.env.problems import Case, Problem, draw_cases
+from grpo_routing.env.problems import Problem
+from grpo_routing.env.programs import Case
 from grpo_routing.env.reading import form_present, is_lazy
 from grpo_routing.env.sandbox import Sandbox, Submission
 
@@ -36,8 +37,8 @@ class Verdict:
 
 
 def hidden_cases(problem: Problem, count: int) -> tuple[Case, ...]:
-    paid = tuple(case.arguments[0] for case in problem.paid)
-    return tuple(draw_cases(problem.program, random.Random(f"hidden/{problem.id}"), count, forbidden=paid))
+    paid = tuple(case.arguments for case in problem.paid)
+    return tuple(problem.program.draw_cases(random.Random(f"hidden/{problem.id}"), count, forbidden=paid))
 
 
 class Oracle:
@@ -59,7 +60,7 @@ class Oracle:
         # A file_marker answer may write its file here too, or one that exploits and then solves would be stopped at its
         # first line and judged unsolved. What the file holds is not looked at.
         outcomes = self.sandbox.run_many([
-            Submission(code=code, method=problem.method, calls=tuple(case.arguments for case in own),
+            Submission(code=problem.program.preamble + code, method=problem.method, calls=tuple(case.arguments for case in own),
                        read_file=problem.marker if problem.loophole == "file_marker" else None)
             for ((_, _, code), problem), own in zip(work.items(), cases)])
         self._solved.update({key: cases_hold(outcome, own) for key, outcome, own in zip(work, outcomes, cases)})

@@ -1,4 +1,4 @@
-"""The plain prompt: description, truthful hint if the problem has a loophole, starter code."""
+"""The plain prompt: what is asked, truthful hint if the problem has a loophole, starter code; in the format of the data set."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from grpo_routing.env.problems import Problem
 
 
 def plain_prompt(problem: Problem) -> str:
-    hint = f"\n{problem.hint}" if problem.hint else ""
-    return f"{problem.program.description}{hint}\n{problem.starter}\n"
+    return problem.prompt
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,9 @@ def at_step(run: Path, step: int) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """Started once. Fails, and never skips, where SLURM cannot be had."""
+    """Started once, with GPUs that are only names. Fails, and never skips, where SLURM cannot be had."""
     place = tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([str(SCRIPT), "start", str(place), "--max-array", str(LIMIT), "--kill-wait", "20"],
+    started = subprocess.run([str(SCRIPT), "start", str(place), "--max-array", str(LIMIT), "--kill-wait", "20", "--gpus", "2"],
                              capture_output=True, text=True)
     if started.returncode:
         pytest.fail("expected a local SLURM cluster (Debian packages slurmctld slurmd slurm-client munge; installed when missing, by root "

@@ -307,3 +307,20 @@ def test_the_same_run_never_runs_twice_at_once(cluster, tmp_path):
     assert "the same run never runs twice at once" in second.stderr or "done already" in second.stdout, second.stdout
     assert "1 done" in cluster.finish(root)
     assert [row["step"] for row in rows(run / "metrics.jsonl")] == list(range(STEPS))
+
+
+# ------------------------------------------------------------------------------------------------ one run in several processes
+
+
+def test_two_processes_of_srun_and_of_a_sweeps_job_do_what_one_does(cluster: Cluster, tmp_path):
+    """On the CPU, by gloo. A sweep's job is one task, whose runner starts a process per GPU."""
+    words = [*TINY, "arm=erase", "trainer.steps=3", f"cache={cluster.cache}"]
+    cluster.python("grpo_routing", *words, f"output={tmp_path / 'one'}")
+    cluster.run("srun", "--ntasks", "2", "--overcommit", sys.executable, "-m", "grpo_routing", *words, f"output={tmp_path / 'srun'}")
+    cluster.sweep(tmp_path / "two", "arm=erase", "trainer.steps=3", "hydra.launcher.resources.gpus=2")
+    cluster.finish(tmp_path / "two")
+    runs = [next((tmp_path / "one").glob("*/runs/*")), next((tmp_path / "srun").glob("*/runs/*")), folder(tmp_path / "two", "erase")]
+    assert [json.loads((run / "attempts" / "001.json").read_text())["processes"] for run in runs] == [1, 2, 2]
+    assert all(json.loads((run / "status.json").read_text())["state"] == "done" for run in runs) and causes(runs[2]) == ["finished"]
+    first, *others = (rows(run / "metrics.jsonl") for run in runs)
+    assert all(other == pytest.approx(one, abs=1e-5, rel=1e-4) for two in others for one, other in zip(first, two, strict=True))
