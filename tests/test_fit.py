@@ -18,6 +18,7 @@ from grpo_routing.memory import LiveBytes
 from grpo_routing.train import State, train_step
 from tests.test_line import NoisyAdvantage
 
+LONG = "trainer.max_new_tokens=64"
 WIDE = ("model.hidden=96", "model.heads=4", "model.kv_heads=2", "model.head_dim=24", "model.intermediate=256", "trainer.max_new_tokens=24",
         "trainer.prompts_per_step=2")
 
@@ -49,7 +50,7 @@ def stepped(plan):
 
 @pytest.mark.parametrize(("words", "largest"), [
     ((*WIDE, "arm=route_gradient", "optimizer=split_moment", "trainer.micro_batch=2"), "update"),  # every rollout's gradient is kept
-    ((*WIDE, "arm=vanilla", "model.layers=3", "trainer.micro_batch=1", "trainer.group=8"), "sampling"),  # deeper than what is counted
+    ((*WIDE, "arm=vanilla", "model.layers=3", "trainer.micro_batch=1", "trainer.group=8", LONG), "sampling"),  # deeper than what is counted
     ((*WIDE, "adapter=svd", "trainer.micro_batch=4", "trainer.kl_weight=0.1"), "update"),
 ])
 def test_the_predicted_peak_of_a_step_is_the_measured_one_within_a_quarter(config, words, largest, few_layers):
