@@ -15,13 +15,11 @@ from grpo_routing.build import ConfigError, Plan, plan
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
-def planned(overrides: Sequence[str], elsewhere: bool = False) -> Plan:
-    """The run that `group=option` words describe; `elsewhere` asks for no GPU here. Raises ConfigError, whoever found the fault."""
+def planned(overrides: Sequence[str]) -> Plan:
+    """The run that `group=option` words describe. Raises ConfigError, whoever found the fault."""
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from error
-    if elsewhere and "device" in config["model"]:
-        config["model"]["device"] = "cpu"
     return plan(config)

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from grpo_routing.build import ConfigError, Plan
 from grpo_routing.composed import planned
-from grpo_routing.footprint import Footprint, Sizes, chunk_bytes, footprint, rollouts
+from grpo_routing.decoder import SHORT
+from grpo_routing.footprint import Footprint, Sizes, chunk_bytes, footprint, keeps, rollouts
 from grpo_routing.optimizers import SplitMoment
 
 GB = 1e9
@@ -66,11 +67,11 @@ class Memory:
 
 def memory_of(plan: Plan, sizes: Sizes, found: Footprint) -> Memory:
     t = plan.trainer
-    late = "gradients" in plan.mask_source.reads or plan.advantage.two_streams
     micro, batch = min(t.micro_batch, rollouts(plan)), rollouts(plan)
     moments = 2 * (4 * found.adapter_numbers if isinstance(plan.optimizer, SplitMoment) else found.adapter)
     rows = min(t.prompts_per_forward, t.prompts_per_step) * t.group
     asked = min(t.prompts_per_forward, t.prompts_per_step)
+    own = sizes.completion + (sizes.prompt if sizes.prompt <= SHORT else 0)  # after short prompts every row has its prompt's too
     sums = 2 * 4 * found.adapter_numbers
     logits = chunk_bytes(found.vocabulary, micro * sizes.completion)
     height = found.update_peak - found.saved
@@ -78,13 +79,14 @@ def memory_of(plan: Plan, sizes: Sizes, found: Footprint) -> Memory:
         {"frozen weights": found.parameters, "adapter": found.adapter, "optimizer's moments": moments},
         {"sampling": {
             "weights with the adapter folded in": found.folded,
-            "keys and values of prompts, once a group": found.cache_per_token * asked * sizes.prompt,
-            "keys and values of rows, twice when some end": 2 * found.cache_per_token * rows * sizes.completion,
+            "small projections side by side": found.joined,
+            "keys and values of prompts": found.cache_per_token * asked * sizes.prompt,
+            "keys and values of rows, and of those left when a quarter has ended": 1.75 * found.cache_per_token * rows * own,
             "forward of the prompts": max(0.0, found.prefill_peak - found.cache_per_token * asked * sizes.prompt),
             "logits of one token a row": rows * found.vocabulary * (found.itemsize + 4 + 4 + 8 + 8)},
          "update": {
             "sums of gradients (routed, natural)": sums,
-            "every rollout's gradient, read by the mask": 4 * found.adapter_numbers * batch if late else 0.0,
+            "every rollout's gradient, read by the mask": 4 * found.adapter_numbers * batch if keeps(plan) else 0.0,
             f"activations of {micro} rollouts": found.saved,
             "two chunks of logits": min(height, logits),
             "per-rollout gradients and temporaries": max(0.0, height - logits)},
@@ -198,7 +200,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error(f"--prompt-tokens must be at least 1; got {chosen.prompt_tokens}")
     device = replace(DEVICES[chosen.device], **{key: value for key, value in given.items() if value is not None})
     try:
-        plan = planned(chosen.overrides, elsewhere=True)
+        plan = planned(chosen.overrides)
         sizes = Sizes(chosen.prompt_tokens or prompt_tokens(plan), plan.trainer.max_new_tokens)
         return 0 if report(plan, sizes, chosen.prompt_tokens is None, chosen.device, device, Console()) else 1
     except ConfigError as error:

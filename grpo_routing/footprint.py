@@ -2,13 +2,16 @@
 
 The model is built of fake tensors (shapes and types without values), the real adapter is attached to it, and the real forward, head and
 per-rollout backward of one micro-batch run on it while live bytes and multiplications are counted. Layers repeat, so a deep model is
-counted at two and at four layers and continued along the line, which is exact for everything that each layer adds alike. On fake tensors
-transformers repeats keys and values for grouped heads, which it does not do on real ones: activations come out up to a tenth too large.
+counted at a few layers and at twice as many and continued along the line, which is exact for everything that each layer adds alike.
+Rollouts of a prompt are packed into a row where nothing tells them apart (gradient.alike); where a mask may, none are taken to be, which
+is the larger of the two. There transformers, on fake tensors, repeats keys and values for grouped heads, which it does not do on real
+ones: activations come out up to a tenth too large.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -20,15 +23,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_routing.adapters.adapter import Adapter, flat_gradient
 from grpo_routing.build import ConfigError, Plan
+from grpo_routing.decoder import DENSE, SMALL
 from grpo_routing.head import chosen_log_probs, chunk_rows
 from grpo_routing.memory import LiveBytes
-from grpo_routing.models import DTYPES, HubModel
+from grpo_routing.models import DTYPES, FLASH, HubModel
 from grpo_routing.organism import build_model, tokenizer_texts, train_tokenizer
+from grpo_routing.policy import packable
+from grpo_routing.types import Packed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-FEW, MORE = 2, 4  # layers at which a deep model is counted
+FEW = 2  # layers at which a deep model is counted at least, and at twice as many
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Footprint:
 
     parameters: float  # bytes of the frozen weights
     folded: float  # bytes of the weights that sampling replaces by a copy with the adapter folded in
+    joined: float  # bytes of those that the decoder copies side by side
     adapter_numbers: float  # trainable numbers, all blocks
     adapter: float  # their bytes
     cache_per_token: float  # bytes of keys and values
@@ -61,40 +68,40 @@ class Footprint:
 
 def footprint(plan: Plan, sizes: Sizes) -> Footprint:
     """Raises ConfigError when the model's shape cannot be had."""
-    make, layers, alike = shape_of(plan.model)
-    if layers <= MORE or not alike:
+    make, layers, period = shape_of(plan.model)
+    few = period * math.ceil(FEW / period)
+    if layers <= 2 * few or layers % period:
         return counted(plan, sizes, make(layers))
-    few, more = (counted(plan, sizes, make(count)) for count in (FEW, MORE))
-    along = {f.name: getattr(few, f.name) + (getattr(more, f.name) - getattr(few, f.name)) * (layers - FEW) / (MORE - FEW)
-             for f in fields(Footprint)}
-    return Footprint(**along)
+    one, two = (counted(plan, sizes, make(count)) for count in (few, 2 * few))
+    return Footprint(**{f.name: getattr(one, f.name) + (getattr(two, f.name) - getattr(one, f.name)) * (layers - few) / few
+                        for f in fields(Footprint)})
 
 
-def shape_of(source: Any) -> tuple[Callable[[int], Callable[[], PreTrainedModel]], int, bool]:
-    """make(layers) -> what builds the model with so many layers; how many it has; whether they are alike."""
+def shape_of(source: Any) -> tuple[Callable[[int], Callable[[], PreTrainedModel]], int, int]:
+    """make(layers) -> what builds the model with so many layers; how many it has; after how many their kinds repeat."""
     from transformers import AutoModelForCausalLM
 
     if not isinstance(source, HubModel):
         tokenizer = train_tokenizer(tokenizer_texts(source), source.vocabulary)
-        return lambda layers: lambda: build_model(replace(source, layers=layers), tokenizer), source.layers, True
+        return lambda layers: lambda: build_model(replace(source, layers=layers), tokenizer), source.layers, 1
     config = config_of(source)
-    kinds = set(getattr(config, "layer_types", None) or ["alike"])
 
     def make(layers: int) -> Callable[[], PreTrainedModel]:
         short = copy.deepcopy(config)
         short.num_hidden_layers = layers
         if getattr(short, "layer_types", None):
             short.layer_types = short.layer_types[:layers]
-        return lambda: AutoModelForCausalLM.from_config(short, dtype=DTYPES[source.dtype])
+        return lambda: AutoModelForCausalLM.from_config(short, dtype=DTYPES[source.precision])
 
-    return make, config.num_hidden_layers, len(kinds) == 1
+    kinds = getattr(config, "layer_types", None) or ["alike"]
+    return make, config.num_hidden_layers, next(n for n in range(1, len(kinds) + 1) if kinds == (kinds[:n] * len(kinds))[: len(kinds)])
 
 
 def config_of(source: HubModel) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source.path)
+        return AutoConfig.from_pretrained(source.place).get_text_config()
     except (OSError, ValueError) as error:
         raise ConfigError(f"the shape of model.path={source.path} cannot be read: it is no local folder with a config.json, it is not in "
                           f"the Hugging Face cache, and the hub did not answer. Give model.path=FOLDER that holds the model's "
@@ -111,24 +118,34 @@ def counted(plan: Plan, sizes: Sizes, build: Callable[[], PreTrainedModel]) -> F
         core, head = model.get_decoder(), model.get_output_embeddings()
         embedded = model.get_input_embeddings().weight
         looked_up = 0 if embedded is head.weight else embedded.nbytes  # a table from which a token reads one row
-        saved, peak, operations = update(plan, sizes, core, head, adapter)
+        saved, peak, operations = update(plan, sizes, model, adapter)
         prefill, cache, prefill_operations = prompts(plan, sizes, core)
         dense = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in own and (p is not embedded or not looked_up))
         return Footprint(
-            parameters=parameters, folded=nbytes(adapted_weights(adapter)), adapter_numbers=sum(p.numel() for p in blocks),
-            adapter=nbytes(blocks), cache_per_token=cache, saved=saved, update_peak=peak, prefill_peak=prefill,
+            parameters=parameters, folded=nbytes(adapted_weights(adapter)), joined=nbytes(joined_weights(model)),
+            adapter_numbers=sum(p.numel() for p in blocks), adapter=nbytes(blocks), cache_per_token=cache, saved=saved,
+            update_peak=peak, prefill_peak=prefill,
             decoded=parameters - looked_up, update_operations=operations, prefill_operations=prefill_operations,
             decode_operations=2.0 * dense, vocabulary=len(head.weight), itemsize=head.weight.element_size())
 
 
-def update(plan: Plan, sizes: Sizes, core: nn.Module, head: nn.Linear, adapter: Adapter) -> tuple[int, int, float]:
+def update(plan: Plan, sizes: Sizes, model: PreTrainedModel, adapter: Adapter) -> tuple[int, int, float]:
     """Bytes saved for the backward, bytes at the height, and operations of one micro-batch; as gradient.rollout_gradients runs it."""
-    rows, blocks = min(plan.trainer.micro_batch, rollouts(plan)), plan.projection.blocks
-    ids = torch.zeros(rows, sizes.prompt + sizes.completion, dtype=torch.long)
-    places = torch.zeros(rows * sizes.completion, dtype=torch.long)
+    micro, blocks = min(plan.trainer.micro_batch, rollouts(plan)), plan.projection.blocks
+    together = min(micro, plan.trainer.group) if packs(plan, model) else 1
+    rows, width = micro // together, sizes.prompt + together * sizes.completion
+    table, places = torch.zeros(rows, width, dtype=torch.long), torch.zeros(rows * together * sizes.completion, dtype=torch.long)
+    core, head = model.get_decoder(), model.get_output_embeddings()
 
     def log_probs() -> torch.Tensor:
-        return chosen_log_probs(head, core(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[places], places)
+        if together == 1:
+            hidden = core(input_ids=table, use_cache=False).last_hidden_state
+        else:
+            packed = Packed(table, table, table, table)  # ids, positions, segment, previous
+            hidden = core(input_ids=table, position_ids=table, attention_mask=packed.attention(model.dtype), use_cache=False)
+            hidden = hidden.last_hidden_state
+            hidden = hidden.gather(1, table[..., None].expand_as(hidden))
+        return chosen_log_probs(head, hidden.flatten(0, 1)[places], places)
 
     def backward(value: torch.Tensor) -> None:
         if plan.trainer.kl_weight:
@@ -146,6 +163,17 @@ def update(plan: Plan, sizes: Sizes, core: nn.Module, head: nn.Linear, adapter: 
     with FlopCounterMode(display=False) as counter, adapter.per_rollout(rows, blocks) as leaves:  # apart: it keeps what it counts alive
         backward(log_probs())
     return saved, seen.peak, float(counter.get_total_flops())
+
+
+def keeps(plan: Plan) -> bool:
+    """Whether every rollout's gradient is kept, because the decision about it comes after the backward (decision.differentiate)."""
+    return "gradients" in plan.mask_source.reads or plan.advantage.two_streams
+
+
+def packs(plan: Plan, model: PreTrainedModel) -> bool:
+    """Whether the rollouts of a prompt surely share a row: only sums are asked for, nobody labels them, and the model can."""
+    flash = getattr(plan.model, "attn_implementation", None) == FLASH
+    return plan.mask_source.kind == "none" and not keeps(plan) and not flash and packable(model)
 
 
 @torch.no_grad()
@@ -168,6 +196,16 @@ def adapted_weights(adapter: Adapter) -> list[torch.Tensor]:
         frozen = getattr(module, "frozen", None)
         found += [part.weight for part in frozen.children() if isinstance(part, nn.Linear)] if frozen else [module.weight]
     return found
+
+
+def joined_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Of the products that the written-out decoder joins (decoder._joined): projections of the input, and of an MLP."""
+    if model.config.model_type not in DENSE:
+        return []
+    sets = [[getattr(part, name) for name in names] for layer in model.get_decoder().layers
+            for part, names in ((layer.self_attn, ("q_proj", "k_proj", "v_proj")), (layer.mlp, ("gate_proj", "up_proj")))
+            if hasattr(part, names[0])]
+    return [one.weight for parts in sets if all(one.weight.numel() <= SMALL for one in parts) for one in parts]
 
 
 def rollouts(plan: Plan) -> int:

@@ -89,11 +89,8 @@ class Policy:
 
     @cached_property
     def packs(self) -> bool:
-        """Whether completions can share a row behind a mask of ours: every layer attends to all positions (a recurrent one would read one
-        into the other), by an implementation that takes such a mask (flash attention does not)."""
-        config = self.model.config
-        kinds = getattr(config, "layer_types", None) or (["full_attention"] if config.model_type in DENSE else ["unknown"])
-        return set(kinds) == {"full_attention"} and config._attn_implementation in ("sdpa", "eager")
+        """Whether completions can share a row."""
+        return packable(self.model)
 
     def _hidden(self, **inputs: Tensor) -> Tensor:
         return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
@@ -231,6 +228,13 @@ class Policy:
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
         return output.logits[groups, -1], decoder(self.model, output.past_key_values, mask, groups, longest)
+
+
+def packable(model: PreTrainedModel) -> bool:
+    """Whether completions can share a row behind a mask of ours: every layer attends to all positions (a recurrent one would read one
+    into the other), by an implementation that takes such a mask (flash attention does not)."""
+    kinds = getattr(model.config, "layer_types", None) or (["full_attention"] if model.config.model_type in DENSE else ["unknown"])
+    return set(kinds) == {"full_attention"} and model.config._attn_implementation in ("sdpa", "eager")
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
