@@ -117,7 +117,8 @@ class Repeated(Written):
                      for layer in cache.layers]  # keys, values [n, kv, L + longest, d]
         self.asked = mask.shape[1]
         bias = torch.zeros(mask.shape, dtype=cache.layers[0].keys.dtype, device=mask.device).masked_fill(mask == 0, -torch.inf)[groups]
-        self.bias = torch.cat([bias, bias.new_zeros(len(groups), longest)], 1)[:, None, None].repeat(1, self.kv_heads, 1, 1)  # [n, kv, 1, S]
+        bias = torch.cat([bias, bias.new_zeros(len(groups), longest)], 1)
+        self.bias = bias[:, None, None].repeat(1, self.kv_heads, 1, 1)  # [n, kv, 1, S]
 
     def keep(self, going: Tensor) -> None:
         self.lengths, self.bias = self.lengths[going], self.bias[going]

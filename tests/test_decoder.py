@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -82,6 +84,33 @@ def test_an_adapter_takes_part_and_rollouts_are_the_same(tiny_policy, adapter, s
             assert ids == expected and log_probs == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.parametrize("short", [0, 64])
+def test_a_row_ends_at_its_end_whenever_the_others_do(tiny_policy, short, monkeypatch):
+    """Rows do not know of each other: what ends early is the beginning of what would never end."""
+    monkeypatch.setattr(module, "SHORT", short)
+    policy = tiny_policy("lora")
+    noise, prompts, counts = uniforms([("ends", row) for row in range(40)], 12), [(5, 6, 7, 8), (9, 10), (11,)], [20, 12, 8]
+    policy.end = -1
+    endless = policy.sample(prompts, counts, noise, 0.3)
+    assert {len(ids) for ids, _ in endless} == {12}
+    said = Counter(token for ids, _ in endless for token in set(ids))
+    policy.end, _ = said.most_common(1)[0]
+    lengths = [(*ids, policy.end).index(policy.end) + 1 for ids, _ in endless]
+    assert len(set(lengths)) > 5, "rows end at many different steps"
+    for (ids, log_probs), (whole, theirs), length in zip(policy.sample(prompts, counts, noise, 0.3), endless, lengths, strict=True):
+        assert ids == whole[:length] and log_probs == pytest.approx(theirs[:length], abs=1e-5)
+
+
+def test_the_kind_goes_by_the_prompts_and_the_architecture(monkeypatch):
+    model, groups = MODELS["qwen3"]().eval(), torch.tensor([0, 1])
+    with torch.inference_mode():
+        assert isinstance(decoder(model, *prefilled(model), groups, 3), Repeated)
+        monkeypatch.setattr(module, "SHORT", 4)
+        assert isinstance(decoder(model, *prefilled(model), groups, 3), Shared)
+        model.config.model_type = "strange"
+        assert isinstance(decoder(model, *prefilled(model), groups, 3), Cached)
+
+
 def test_it_stands_aside_for_hooks_and_for_shapes_that_it_does_not_know():
     model = MODELS["qwen3"]().eval()
     assert shareable(model)
@@ -95,6 +124,3 @@ def test_it_stands_aside_for_hooks_and_for_shapes_that_it_does_not_know():
     for change in ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {"rope_parameters": {
             "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}):
         assert not shareable(Qwen3ForCausalLM(Qwen3Config(**SHAPE, **change)))
-    model.config.model_type = "strange"
-    with torch.inference_mode():
-        assert isinstance(decoder(model, *prefilled(model), torch.tensor([0, 1]), 3), Cached)

@@ -180,8 +180,8 @@ def settings(group: str) -> set[str]:
         loaded = yaml.safe_load(file.read_text()) or {}
         keys |= {place for entry in loaded.get("defaults", []) for place in re.findall(r"@([a-z]+)'", str(entry))}
         keys |= {f"{file.parent.name}.{key}" for key in loaded}  # of a group within the group: hydra.sweeper.controls
-        keys |= set(loaded) | set(loaded.get(group, {})) | {f"{key}.{inner}" for key, value in loaded.items() if isinstance(value, dict)
-                                                            for inner in value}
+        inner = {f"{key}.{inner}" for key, value in loaded.items() if isinstance(value, dict) for inner in value}
+        keys |= set(loaded) | set(loaded.get(group, {})) | inner | {f"{file.parent.name}.{key}" for key in inner}
     return keys
 
 
