@@ -53,8 +53,11 @@ class Cluster:
         return self.python("launchers", *map(str, words), check=check)
 
     def finish(self, root: Path) -> str:
-        """Watch until nothing is queued or running; returns what was shown."""
-        return self.launchers("watch", root, check=False).stdout
+        """Watch until nothing is queued or running, and no runner has an end to write down yet; returns what was shown."""
+        shown = self.launchers("watch", root, check=False).stdout
+        for run in (root / "runs").iterdir():
+            causes(run)
+        return shown
 
     def signal(self, name: str, job: str, run: Path) -> None:
         """One signal, and wait for the turn to end. scancel hears `try again later` though the signal went out, and would repeat it."""
@@ -86,7 +89,7 @@ def starts(run: Path) -> list[dict]:
 def causes(run: Path) -> list[str]:
     """How its turns ended. The runner writes that a moment after the worker has written the run's own state."""
     deadline = time.monotonic() + 30
-    while rows(run / "launches.jsonl")[-1]["event"] != "end" and time.monotonic() < deadline:
+    while [row["event"] for row in rows(run / "launches.jsonl")[-1:]] == ["start"] and time.monotonic() < deadline:
         time.sleep(0.2)
     return [row["cause"] for row in rows(run / "launches.jsonl") if row["event"] == "end"]
 
