@@ -9,7 +9,7 @@ import yaml
 
 from grpo_routing.export_check import BASE_FOLDER, PEFT, RATES, Export, answers_said, base_name, evaluation, log_probs_said, provenance
 from grpo_routing.finished import Finished
-from grpo_routing.run import Frozen
+from grpo_routing.folder import Frozen
 
 HEADS = {"hack": "hack", "hack_known": "hack, known", "hack_held_out": "hack, held-out", "solve": "solve", "format": "format"}
 MERGES = {"lora": "`W + scale B A`", "svd": "`W + U diag(dS) V^T`", "mlp": "the block's neurons appended to every MLP"}

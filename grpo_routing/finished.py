@@ -9,9 +9,9 @@ import torch
 
 from grpo_routing.build import ConfigError, Plan, build_policy, plan
 from grpo_routing.checkpoint import load_checkpoint
+from grpo_routing.folder import frozen, status
 from grpo_routing.older import completed
 from grpo_routing.policy import Policy
-from grpo_routing.run import frozen, status
 from grpo_routing.train import State
 
 

@@ -169,7 +169,7 @@ ALONE = World()
 def _pickled(error: BaseException) -> bytes | None:
     try:
         pickle.loads(whole := pickle.dumps(error))
-    except Exception:
+    except Exception:  # a library's error may raise anything while it is taken apart; its text still arrives
         return None
     return whole
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from grpo_routing.build import ConfigError
 from grpo_routing.files import Held
-from grpo_routing.run import frozen, run
+from grpo_routing.folder import frozen
+from grpo_routing.run import run
 
 PATIENCE = 20.0  # seconds for a process of the same run that is about to end, say because its job was requeued
 HELD = 75

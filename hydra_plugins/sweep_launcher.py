@@ -23,7 +23,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
 from grpo_routing.build import plan as checked
-from grpo_routing.run import code_state, freeze, run_folder
+from grpo_routing.folder import code_state, freeze, run_folder
 from hydra_plugins.sweep_configs import Composed, compose_all
 from launchers import actions, table
 from launchers.plan import Entry, SweepPlan, extend, gaps, read_plan

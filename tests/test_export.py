@@ -22,7 +22,8 @@ from grpo_routing.adapters.svd import decompose
 from grpo_routing.checkpoint import save_checkpoint
 from grpo_routing.export_card import portable
 from grpo_routing.finished import UnusableRun, load
-from grpo_routing.run import frozen, run
+from grpo_routing.folder import frozen
+from grpo_routing.run import run
 from grpo_routing.train import State
 
 ADAPTERS = {"lora": ["adapter.quarantine_rank=4"], "svd": ["adapter.axes=disjoint"], "mlp": ["adapter.quarantine_width=4"]}

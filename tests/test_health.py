@@ -13,9 +13,10 @@ import torch
 from grpo_routing import build
 from grpo_routing import run as running
 from grpo_routing.files import Record
+from grpo_routing.folder import run_folder
 from grpo_routing.health import Tripwire
 from grpo_routing.policy import inverse_transform
-from grpo_routing.run import run, run_folder
+from grpo_routing.run import run
 from tests.conftest import CONF
 
 TRIPWIRE = Tripwire(dead_groups_steps=3, saturated_at=0.5, least_format=0.2, format_steps=4)

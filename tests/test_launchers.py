@@ -21,7 +21,7 @@ from omegaconf import OmegaConf, open_dict
 from rich.console import Console
 
 from grpo_routing.files import Held, claimed
-from grpo_routing.run import Frozen
+from grpo_routing.folder import Frozen
 from launchers import runner, slurm, table
 from launchers.plan import Entry, SweepPlan, extend, gaps, read_plan
 from launchers.settings import LaunchError, resources_of, settings_of

@@ -15,9 +15,10 @@ import pytest
 from grpo_routing import build
 from grpo_routing.env.loopholes import NO_LOOPHOLE
 from grpo_routing.files import Record, locked, write_atomic, write_json
+from grpo_routing.folder import freeze
 from grpo_routing.log import METRICS, LocalLogger, Progress, WandbLogger
 from grpo_routing.prompts.plain import plain_prompt
-from grpo_routing.run import freeze, run
+from grpo_routing.run import run
 from tests.wandb_files import items, told
 
 CODE = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ import pytest
 from grpo_routing import build
 from grpo_routing.arms import recipe
 from grpo_routing.finished import UnusableRun, ready_plan
+from grpo_routing.folder import identity
 from grpo_routing.older import SINCE, UNNAMED, completed
-from grpo_routing.run import identity
 
 ARMS = ("vanilla", "graft", "graft_lookalike", "penalty", "screening", "modification")
 

@@ -17,8 +17,8 @@ from submitit import SlurmExecutor
 from grpo_routing import __main__ as entry
 from grpo_routing.extra_rollouts import confession
 from grpo_routing.files import Record
+from grpo_routing.folder import code_identity, flat
 from grpo_routing.parallel import ALONE, Disagreement, Place, World, place_of, started
-from grpo_routing.run import code_identity, flat
 from launchers import slurm, workers
 from launchers.plan import SweepPlan, write_plan
 from launchers.settings import settings_of

@@ -20,10 +20,10 @@ from omegaconf import OmegaConf, open_dict
 
 from grpo_routing import preregistration
 from grpo_routing.compare import main
+from grpo_routing.folder import identity
 from grpo_routing.outcome import CONFIRMED, FALSIFIED, UNDECIDED, Evidence, decide, outcomes
 from grpo_routing.preregistration import FILE, RULES, parse, read, register
 from grpo_routing.results import ReportError
-from grpo_routing.run import identity
 from grpo_routing.statistics import Interval
 from tests.conftest import CONF, SMOKE
 from tests.test_compare import DETECTOR, MATCHED, add, fill, read_experiment

@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from grpo_routing import build
-from grpo_routing.run import Stopped, identity, run, run_folder
+from grpo_routing.folder import identity, run_folder
+from grpo_routing.run import Stopped, run
 from tests.warm import Entry
 
 STEPS = 6

@@ -11,12 +11,12 @@ import torch
 from grpo_routing import build
 from grpo_routing.arms import recipe
 from grpo_routing.env.problems import split_of
+from grpo_routing.folder import identity
 from grpo_routing.models import HubModel
 from grpo_routing.policy import chat
 from grpo_routing.preparation import Preparation
 from grpo_routing.prompts.plain import plain_prompt
 from grpo_routing.prompts.questions import GAMED, NO, RIGHT, YES
-from grpo_routing.run import identity
 from grpo_routing.self_report_sft import UNTRAINED, fine_tune, key, mean_loss, off_policy, on_policy, prepared, shuffled, targets
 
 SFT = "model.prepare.stage=self_report_sft"

@@ -10,7 +10,7 @@ from pathlib import Path
 from wandb.proto.wandb_internal_pb2 import Record as WandbRecord
 
 from grpo_routing.files import Record, write_json
-from grpo_routing.run import freeze
+from grpo_routing.folder import freeze
 
 
 def datastore(file: Path) -> list[WandbRecord]:
