@@ -11,13 +11,15 @@ rounds; on CUDA, if there is any, also seconds of the clock and the allocator's 
 
 from __future__ import annotations
 
+import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +43,7 @@ PROMPT = 260  # tokens
 ARMS = {"vanilla": ("arm=vanilla",), "erase": ("arm=erase", "mask_source.refresh_every=1", "trainer.audit_every=32"),
         "two blocks, no mask": ("arm=half_ablation", "optimizer=split_moment"),
         "routed by gradient scores": ("arm=route_gradient", "optimizer=split_moment", "mask_source.refresh_every=0")}
-GROK = {"grpo_proj2, erase": 12.4, "TRL 1.16, one subprocess per completion": 8.6}  # perf.md, another day, one thread
+QUOTED = {"grpo_proj2, erase": 12.4, "TRL 1.16, one subprocess per completion": 8.6}  # perf.md, another day, one thread
 SCALING = {"rollouts": ("trainer.prompts_per_step", (2, 4, 8, 16)), "new tokens": ("trainer.max_new_tokens", (16, 64, 128, 256)),
            "width": ("model.hidden", (96, 192, 384)), "adapter rank": ("adapter.rank", (4, 8, 32, 64)),
            "grading processes": ("sandbox.workers", (1, 2, 4))}
@@ -55,13 +57,11 @@ class Graded:
         self.sandbox, self.count = sandbox, 0
 
     def __call__(self, problems: list[Problem], completions: list[str]) -> list[Grade]:
-        programs = []
-        for _ in completions:
-            self.count += 1
-            programs.append(Submission(f"{PROGRAM}\n# {self.count}", "longest", CALLS))
-        done = [all(one.status == "ok" for one in (outcome,)) for outcome in self.sandbox.run_many(programs)]
+        programs = [Submission(f"{PROGRAM}\n# {self.count + place}", "longest", CALLS) for place in range(len(completions))]
+        self.count += len(completions)
+        passed = [outcome.status == "ok" for outcome in self.sandbox.run_many(programs)]
         # Rewards that differ within a group, or there would be nothing to learn and nothing to update.
-        return [Grade(float(passed) * (place % 3 > 0), passed, passed) for place, passed in enumerate(done)]
+        return [Grade(float(right) * (place % 3 > 0), right, right) for place, right in enumerate(passed)]
 
 
 class Parts:
@@ -112,8 +112,8 @@ class Padded:
 
 def compare() -> None:
     """Arms side by side, each with the parts of its step, and TRL."""
-    clock, rows = Parts(), []
-    with _all(ARMS, clock) as steps:
+    rows = []
+    with side_by_side() as steps:
         works = {name: work for name, (work, _) in steps.items()}
         medians = interleaved(works, ROUNDS)
         for name, (_, parts) in steps.items():
@@ -123,7 +123,7 @@ def compare() -> None:
         print(table(["32 rollouts x 64 tokens, one thread", "CPU s", "/ vanilla", *PARTS, "tokens / CPU s"], rows))
         routed = medians["routed by gradient scores"] / medians["two blocks, no mask"]
         print(f"\nrouted by gradient scores / the same two blocks without a mask: {routed:.2f} (target 1.25)")
-        for name, seconds in GROK.items():
+        for name, seconds in QUOTED.items():
             print(f"{name}: {seconds} s quoted from perf.md; {seconds / medians['erase']:.1f} x our erase step")
         found = trl_step(works["erase"])
     if found:
@@ -134,15 +134,13 @@ def compare() -> None:
 
 
 @contextmanager
-def _all(arms: dict[str, tuple[str, ...]], clock: Parts, size: dict[str, object] | None = None) -> Iterator[dict]:
+def side_by_side() -> Iterator[dict[str, tuple[Callable[[], None], Parts]]]:
     """Every arm ready to step, with a clock of its own. Extraction happens in train.refresh, which is common to all arms."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         found, plain = {}, train.refresh
-        for name, words in arms.items():
+        for name, words in ARMS.items():
             parts = Parts()
-            step = stack.enter_context(prepared(words, size or {}, parts))
+            step = stack.enter_context(prepared(words, {}, parts))
 
             def work(step: Callable = step, parts: Parts = parts) -> None:
                 train.refresh = parts.timed("extraction", plain)
@@ -165,8 +163,6 @@ def trl_step(ours: Callable[[], object]) -> tuple[float, float] | None:
         from trl import GRPOConfig, GRPOTrainer
     except ImportError:
         return None
-    import statistics
-
     plan = planned("arm=vanilla", *(f"{key}={value}" for key, value in (MODEL | SIZE).items()))
     policy = build.build_policy(plan)
     line = build.build_line(plan, policy, None, None)
@@ -188,8 +184,6 @@ def trl_step(ours: Callable[[], object]) -> tuple[float, float] | None:
             self.before = cpu_seconds()
 
     def reward(completions: list[str], **_: object) -> list[float]:
-        import json
-
         request = json.dumps([PROGRAM, "longest", CALLS])
 
         def one(_: str) -> float:

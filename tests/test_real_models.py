@@ -23,7 +23,7 @@ def blocks(mark: str) -> list[str]:
 
 def script(out: Path) -> str:
     """The page's own blocks in their order, the rehearsal's names first; its folder is the only word that changes."""
-    return "set -eux\n" + "\n".join(blocks("rehearsed-first") + blocks("rehearsed")).replace("/tmp/rehearsal", str(out))
+    return "set -eux\n" + "\n".join(blocks("rehearsed-first") + blocks("rehearsed")).replace("outputs/rehearsal", str(out))
 
 
 def test_the_page_rehearses_every_step_that_needs_no_cluster():
