@@ -21,7 +21,7 @@ from grpo_routing.adapters.adapter import AdaptedLinear, AdaptedModule
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-DENSE = ("qwen3", "qwen2", "llama")  # model_type of the shapes that `Shared` knows
+DENSE = ("qwen3", "qwen2", "llama")  # model_type of the shapes that are written out
 SHORT = 64  # tokens of the longest prompt, up to which an attention in two parts costs more than a repeated cache
 SMALL = 1 << 20  # numbers of a weight, up to which the call costs more than the product, so that products are joined
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # rotations that depend on the position alone

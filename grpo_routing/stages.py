@@ -30,6 +30,12 @@ def composed(*overrides: str, choices: bool = False) -> DictConfig:
         return compose("config", [*overrides], return_hydra_config=choices)
 
 
+@cache
+def arm_config(arm: str) -> DictConfig:
+    """An arm's config with the options that were taken; both tables read it, and composing takes longer than planning."""
+    return composed(f"arm={arm}", *needed(arm), choices=True)
+
+
 def arms() -> list[str]:
     """Every arm but the one that changes nothing."""
     return sorted(file.stem for file in (ROOT / "conf" / "arm").glob("*.yaml") if file.stem != "custom")
@@ -39,7 +45,7 @@ def arms() -> list[str]:
 def stages_table() -> str:
     """Arm by arm, what differs from the line with every default; from conf/."""
     default = composed("arm=custom", choices=True)
-    configs = {arm: composed(f"arm={arm}", choices=True) for arm in arms()}
+    configs = {arm: arm_config(arm) for arm in arms()}
     cells = {arm: {group: change(group, config, default) for group in build.GROUPS} for arm, config in configs.items()}
     columns = [group for group in build.GROUPS if any(row[group] for row in cells.values())]
     lines = [["arm", *columns], ["---"] * (len(columns) + 1), ["(default)", *(f"*{choice(default, g)}*" for g in columns)]]
@@ -64,7 +70,9 @@ def declared_table() -> str:
     """Arm by arm, what the planned run declares."""
     rows = []
     for arm in arms():
-        config = OmegaConf.to_container(composed(f"arm={arm}", *needed(arm)), resolve=True, throw_on_missing=True)
+        whole = arm_config(arm)
+        own = OmegaConf.masked_copy(whole, [key for key in whole if key != "hydra"])
+        config = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
         rows.append([f"`{arm}`", *declared(build.plan(config), config)])
     return table([["arm", "acts at", "signal", "knows about loopholes", "at deployment"], ["---"] * 5, *rows])
 

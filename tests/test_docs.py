@@ -87,6 +87,7 @@ def test_what_arms_declare_is_read_off_their_objects():
     assert rows["`penalty`"] == ["mask_source, advantage", "code", "the known ones", "nothing"]
     assert rows["`inoculation`"] == ["prompt", "instruction", "nothing", "instruction dropped"]
     assert rows["`suppression`"] == ["sampling", "pairs, activations", "the known ones", "hooks of sampling gone"]
+    assert [arm for arm, row in rows.items() if any("oracle" in cell for cell in row)] == ["`ceiling`"], "only its runs may read the truth"
     assert rows["`ceiling`"][2:] == ["**all, from the oracle (stamped)**", "quarantine deleted"]
     assert rows["`vanilla_svd`"] == rows["`vanilla`"]  # its quarantine is zero and stays it
     assert rows["`route`"][3] == "quarantine deleted"
