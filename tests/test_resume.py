@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -122,6 +124,25 @@ def test_a_signal_stops_at_a_step_boundary_with_a_checkpoint(tmp_path, cache, un
     again = launch(tmp_path, cache)
     assert again.wait() == 0 and f"resuming at step {steps}" in again.said
     assert same(result(tmp_path), uninterrupted("route"))
+
+
+LATE = """
+import os, signal, threading
+from grpo_routing.run import STOP_SIGNALS, stop_signals
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as a launcher starts a worker
+with stop_signals() as asked:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # as torch's threads start: with the signals let in
+    assert not asked()
+for number in STOP_SIGNALS:
+    os.kill(os.getpid(), number)
+print("done")
+"""
+
+
+def test_a_signal_that_comes_after_the_last_step_ends_nothing():
+    """SLURM may warn while a finished run's process goes down; ended by the signal, it would be taken for a crash."""
+    ended = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
 def test_a_finished_run_is_left_alone(config, tmp_path, capsys):
