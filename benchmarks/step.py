@@ -67,8 +67,8 @@ class Graded:
 class Parts:
     """CPU seconds of the parts of a step; what is left is the update."""
 
-    def __init__(self) -> None:
-        self.spent = dict.fromkeys(PARTS, 0.0)
+    def __init__(self, names: tuple[str, ...] = PARTS) -> None:
+        self.spent = dict.fromkeys(names, 0.0)
 
     def timed(self, part: str, work: Callable) -> Callable:
         def wrapped(*words: object, **more: object) -> object:
