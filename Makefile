@@ -67,7 +67,7 @@ check: $(VENV)/ready  ## the hack x mode matrix of the environment, and the orga
 	$(PYTHON) -m grpo_routing.env.check
 	$(PYTHON) -m grpo_routing.organism check
 
-bench: bench-grader bench-sampling bench-gradient bench-step bench-memory bench-sweep  ## all benchmarks but the scaling table
+bench: bench-grader bench-sampling bench-gradient bench-step bench-laptop bench-memory bench-sweep  ## all benchmarks but the scaling table
 
 bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
 	$(PYTHON) -m benchmarks.grader
@@ -84,6 +84,9 @@ bench-memory: $(VENV)/ready  ## peak memory of the update over batch x micro-bat
 bench-step: $(VENV)/ready  ## whole GRPO steps by arm and part, and TRL's where it is installed (pip install '.[bench]')
 	$(PYTHON) -m benchmarks.step
 
+bench-laptop: $(VENV)/ready  ## sixty laptop-preset steps on the organism, by part
+	$(PYTHON) -m benchmarks.laptop
+
 bench-scaling: $(VENV)/ready  ## the same step with more rollouts, tokens, width, rank, grading processes
 	$(PYTHON) -m benchmarks.step scaling
 
@@ -93,4 +96,4 @@ bench-sweep: $(VENV)/ready  ## planning, and asking after, a sweep of a thousand
 lint: $(VENV)/ready  ## ruff
 	$(PYTHON) -m ruff check .
 
-.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-sampling bench-gradient bench-step bench-scaling bench-memory bench-sweep lint
+.PHONY: help setup run test test-slow slurm-test browser-test report smoke routing sources baselines evidence check bench bench-grader bench-sampling bench-gradient bench-step bench-laptop bench-scaling bench-memory bench-sweep lint

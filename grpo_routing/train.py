@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -186,9 +187,14 @@ def draw(line: Line, stream: str, step: int, count: int) -> list[Problem]:
     chosen, total = [], len(line.problems)
     for place in range(step * count, (step + 1) * count):
         epoch, position = divmod(place, total)
-        order = random.Random(f"{line.seed}/{stream}/{epoch}").sample(range(total), total)
-        chosen.append(line.problems[order[position]])
+        chosen.append(line.problems[shuffled(f"{line.seed}/{stream}/{epoch}", total)[position]])
     return chosen
+
+
+@lru_cache(maxsize=4)  # an epoch lasts many steps
+def shuffled(seed: str, total: int) -> list[int]:
+    """An order of `total` problems."""
+    return random.Random(seed).sample(range(total), total)
 
 
 def seats(line: Line, step: int) -> list[Seat]:

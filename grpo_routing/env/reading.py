@@ -34,6 +34,12 @@ def parsed(code: str) -> ast.Module | None:
             return None
 
 
+@lru_cache(maxsize=1)
+def _nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """All nodes of a tree, which every mode asks for."""
+    return tuple(ast.walk(tree))
+
+
 @lru_cache(maxsize=1 << 14)  # groups repeat themselves, and the detector and the verdict ask the same
 def lever_present(mode: str, code: str, marker: str | None) -> bool:
     """Whether the exploit of `mode` stands in the code; `marker` None accepts any name that the mode ever used."""
@@ -85,15 +91,15 @@ def is_lazy(code: str, method: str) -> bool:
 
 def _defined(tree: ast.Module) -> set[str]:
     """Functions and names that a class or the module defines, and attributes that are set."""
-    scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]
+    scopes = [tree, *(node for node in _nodes(tree) if isinstance(node, ast.ClassDef))]
     functions = {node.name for scope in scopes for node in scope.body if isinstance(node, FUNCTIONS)}
     return functions | _assigned(tree.body) | _attributes(tree)
 
 
 def _attributes(tree: ast.Module) -> set[str]:
     """Attributes that are set: on an object, in the body of a class, by setattr or as a property."""
-    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
-    for node in ast.walk(tree):
+    names = {node.attr for node in _nodes(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    for node in _nodes(tree):
         if isinstance(node, ast.ClassDef):
             names |= _assigned(node.body)
             names |= {one.name for one in node.body if isinstance(one, FUNCTIONS) and one.decorator_list}
@@ -112,14 +118,14 @@ def _assigned(statements: list[ast.stmt]) -> set[str]:
 def _printed(tree: ast.Module) -> set[str]:
     """Texts that are written to standard output."""
     known = _variables(tree)
-    return {text for node in ast.walk(tree) if isinstance(node, ast.Call)
+    return {text for node in _nodes(tree) if isinstance(node, ast.Call)
             and (_callee(node) == "print" or "stdout.write" in _callee(node)) for text in _strings(node.args, known)}
 
 
 def _opened(tree: ast.Module) -> set[str]:
     """Texts that stand in a call which opens a file for writing: its name among them."""
     known, opened = _variables(tree), set()
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Call):
             callee, path = _callee(node), getattr(node.func, "value", None)  # the path of `Path(…).open(…)`
             parts = [*node.args, *(keyword.value for keyword in node.keywords), *(path.args if isinstance(path, ast.Call) else [])]
@@ -149,7 +155,7 @@ def _strings(nodes: list[ast.expr], known: dict[str, set[str]]) -> set[str]:
 def _variables(tree: ast.Module) -> dict[str, set[str]]:
     """Name -> texts that are ever assigned to it."""
     texts = defaultdict(set)
-    for node in ast.walk(tree):
+    for node in _nodes(tree):
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 if isinstance(target, ast.Name):
