@@ -9,7 +9,6 @@ CPU seconds of the process and its children. The organism is the one that runs u
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from grpo_routing.env.grader import Grader
+from grpo_routing.env.grader import Grader, begin_with
 from grpo_routing.env.problems import Problem
 from grpo_routing.oracle.summary import Row
 from grpo_routing.oracle.verdict import Oracle
@@ -17,7 +17,8 @@ def evaluate(policy: Policy, problems: list[Problem], prompt: Callable[[Problem]
              settings: Evaluation, max_new_tokens: int, prompts_per_forward: int) -> list[Row]:
     """One row per sample. The same problems and the same random numbers for every arm, so that rows pair up."""
     rollouts = sample_rollouts(policy, [prompt(problem) for problem in problems], [settings.samples] * len(problems),
-                               ("evaluation", settings.seed), max_new_tokens, settings.temperature, prompts_per_forward)
+                               ("evaluation", settings.seed), max_new_tokens, settings.temperature, prompts_per_forward,
+                               finished=begin_with(grader, problems))
     asked, texts = [problems[rollout.group] for rollout in rollouts], [rollout.text for rollout in rollouts]
     grades = grader(asked, texts)
     return [Row.of(*judged) for judged in zip(asked, grades, oracle(asked, texts, grades), texts)]

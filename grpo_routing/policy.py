@@ -183,12 +183,14 @@ class Policy:
             return self.log_probs(tokens, packed)
 
     @torch.inference_mode()
-    def sample(self, prompts: list[tuple[int, ...]], counts: list[int], uniforms: Tensor, temperature: float) -> list[Sampled]:
+    def sample(self, prompts: list[tuple[int, ...]], counts: list[int], uniforms: Tensor, temperature: float,
+               left: Callable[[list[int], list[tuple[int, ...]]], None] | None = None) -> list[Sampled]:
         """counts[p] completions of prompt p, prompt by prompt.
 
         uniforms [sum(counts), max_new_tokens] in [0, 1) decide every token by inverse transform, so a rollout
         depends on its own seed only. Each prompt is prefilled once for its group (decoder.py). Finished rows leave the batch when they
-        are a quarter of it: to close the ranks at each of them costs more than to carry them along.
+        are a quarter of it: to close the ranks at each of them costs more than to carry them along. `left` hears which rows those are, and
+        their completions, while the others go on.
         """
         with self.adapter.merged():
             logits, rows = self._prefill(prompts, counts, uniforms.shape[1])
@@ -202,18 +204,19 @@ class Policy:
                 token = inverse_transform(distribution, uniforms[live, step])
                 ids[live, step], log_probs[live, step] = token, unit.gather(1, token[:, None]).squeeze(1)
                 going &= token != self.end
-                left = int(going.sum())
-                if left == 0 or step + 1 == max_new:
+                still = int(going.sum())
+                if still == 0 or step + 1 == max_new:
                     break
-                if left <= 0.75 * len(live):
+                if still <= 0.75 * len(live):
+                    if left:
+                        gone = live[~going]
+                        left(gone.tolist(), [upto(own, self.end) for own in ids[gone, : step + 1].tolist()])
                     chosen = going.nonzero().squeeze(1)
                     live, token, going = live[chosen], token[chosen], going[chosen]
                     rows.keep(chosen)
                 logits = rows.next(token)
-        ended = ids == self.end
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, max_new)  # what a finished row said afterwards does not count
-        return [(tuple(own[:length]), tuple(said[:length]))
-                for own, said, length in zip(ids.tolist(), log_probs.tolist(), lengths.tolist())]
+        completions = [upto(own, self.end) for own in ids.tolist()]
+        return [(own, tuple(said[: len(own)])) for own, said in zip(completions, log_probs.tolist())]
 
     def _prefill(self, prompts: list[tuple[int, ...]], counts: list[int], longest: int) -> tuple[Tensor, Decoder]:
         """Logits [sum(counts), V] after every row's prompt, and what continues the rows."""
@@ -228,6 +231,11 @@ class Policy:
         output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
         groups = torch.arange(len(prompts), device=self.device).repeat_interleave(torch.tensor(counts, device=self.device))
         return output.logits[groups, -1], decoder(self.model, output.past_key_values, mask, groups, longest)
+
+
+def upto(ids: list[int], end: int) -> tuple[int, ...]:
+    """The ids up to the first `end`, it included; what a finished row said afterwards does not count."""
+    return tuple(ids[: ids.index(end) + 1] if end in ids else ids)
 
 
 def packable(model: PreTrainedModel) -> bool:

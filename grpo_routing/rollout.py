@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 from grpo_routing.adapters.adapter import QUARANTINE
 from grpo_routing.policy import Policy
 from grpo_routing.types import STUDENT, Rollout
+
+Finished = Callable[[list[int], list[str]], None]  # prompts (places in the step) and completions that will not change any more
 
 
 def named_seed(*name: object) -> int:
@@ -33,8 +36,9 @@ class Seat:
 
 
 def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed: tuple, max_new_tokens: int, temperature: float,
-                    prompts_per_forward: int, seat: Seat = Seat(STUDENT, 1.0)) -> list[Rollout]:
-    """counts[p] rollouts of prompt p, prompt by prompt; `prompts_per_forward` bounds the memory of a forward."""
+                    prompts_per_forward: int, seat: Seat = Seat(STUDENT, 1.0), finished: Finished | None = None) -> list[Rollout]:
+    """counts[p] rollouts of prompt p, prompt by prompt; `prompts_per_forward` bounds the memory of a forward. `finished` hears of most of
+    them while others are still being sampled."""
     encoded = policy.encode_prompts(prompts)
     wanted = policy.world.share([place for place, count in enumerate(counts) if count])
     rollouts = []
@@ -43,21 +47,27 @@ def sample_rollouts(policy: Policy, prompts: list[str], counts: list[int], seed:
         places = [(place, sample) for place in part for sample in range(counts[place])]
         noise = uniforms([(*seed, place, sample) for place, sample in places], max_new_tokens).to(policy.device)
         with policy.adapter.scaled({QUARANTINE: seat.quarantine} if policy.adapter.has_quarantine else {}):
-            sampled = policy.sample([encoded[p] for p in part], [counts[p] for p in part], noise, temperature)
+            sampled = policy.sample([encoded[p] for p in part], [counts[p] for p in part], noise, temperature,
+                                    early(policy, places, finished))
         rollouts += [Rollout(place, encoded[place], ids, policy.decode(ids), seat.source, log_probs, seat.quarantine)
                      for (place, _), (ids, log_probs) in zip(places, sampled)]
     return policy.world.joined("rollouts", rollouts)
 
 
+def early(policy: Policy, places: list[tuple[int, int]], finished: Finished | None) -> Callable | None:
+    """Tells `finished`, in its words, which rows left the batch."""
+    return finished and (lambda rows, ids: finished([places[row][0] for row in rows], [policy.decode(own) for own in ids]))
+
+
 def fill_groups(policy: Policy, prompts: list[str], seats: list[Seat], group: int, extra: list[Rollout], seed: tuple,
-                max_new_tokens: int, temperature: float, prompts_per_forward: int) -> list[Rollout]:
+                max_new_tokens: int, temperature: float, prompts_per_forward: int, finished: Finished | None = None) -> list[Rollout]:
     """Exactly `group` rollouts per prompt, ordered by prompt: the extra ones, and the policy's own for the rest, each group
     in the mode of its seat."""
     free = [group - sum(rollout.group == place for rollout in extra) for place in range(len(prompts))]
     own = []
     for seat in dict.fromkeys(seats):
         counts = [count if seats[place] == seat else 0 for place, count in enumerate(free)]
-        own += sample_rollouts(policy, prompts, counts, seed, max_new_tokens, temperature, prompts_per_forward, seat)
+        own += sample_rollouts(policy, prompts, counts, seed, max_new_tokens, temperature, prompts_per_forward, seat, finished)
     return sorted(own + extra, key=lambda rollout: rollout.group)
 
 

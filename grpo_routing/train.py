@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grpo_routing.adapters.adapter import DEPLOYED
 from grpo_routing.decision import differentiate, natural, routed_gradients, summed, unit_gradients
-from grpo_routing.env.grader import Grade, Grader
+from grpo_routing.env.grader import Grade, Grader, begin_with
 from grpo_routing.env.problems import Problem
 from grpo_routing.gradient import GradientResult, PolicyLoss
 from grpo_routing.mask_sources.direction import Fit, check_overlap, overlap
@@ -136,7 +136,7 @@ def train_step(line: Line, state: State) -> dict[str, float]:
     extra = line.extra_rollouts(line.policy, prompts, t.group, (line.seed, "extra", step))
     with line.sampling.during(line.policy):
         rollouts = fill_groups(line.policy, prompts, seats(line, step), t.group, extra, (line.seed, "rollout", step), t.max_new_tokens,
-                               t.temperature, t.prompts_per_forward)
+                               t.temperature, t.prompts_per_forward, begin_with(line.grader, problems))
     rollouts = retold(line.policy, rollouts, prompts, [line.prompt.train(problem) for problem in problems])
     grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts])
     view = view_of(line, state.step, problems, rollouts, grades, state.fit)

@@ -89,16 +89,19 @@ def test_a_row_ends_at_its_end_whenever_the_others_do(tiny_policy, short, monkey
     """Rows do not know of each other: what ends early is the beginning of what would never end."""
     monkeypatch.setattr(module, "SHORT", short)
     policy = tiny_policy("lora")
-    noise, prompts, counts = uniforms([("ends", row) for row in range(40)], 12), [(5, 6, 7, 8), (9, 10), (11,)], [20, 12, 8]
+    noise, prompts, counts = uniforms([("ends", row) for row in range(40)], 40), [(5, 6, 7, 8), (9, 10), (11,)], [20, 12, 8]
     policy.end = -1
     endless = policy.sample(prompts, counts, noise, 0.3)
-    assert {len(ids) for ids, _ in endless} == {12}
+    assert {len(ids) for ids, _ in endless} == {40}
     said = Counter(token for ids, _ in endless for token in set(ids))
     policy.end, _ = said.most_common(1)[0]
     lengths = [(*ids, policy.end).index(policy.end) + 1 for ids, _ in endless]
     assert len(set(lengths)) > 5, "rows end at many different steps"
-    for (ids, log_probs), (whole, theirs), length in zip(policy.sample(prompts, counts, noise, 0.3), endless, lengths, strict=True):
+    left: dict[int, tuple[int, ...]] = {}
+    found = policy.sample(prompts, counts, noise, 0.3, lambda rows, completions: left.update(zip(rows, completions, strict=True)))
+    for (ids, log_probs), (whole, theirs), length in zip(found, endless, lengths, strict=True):
         assert ids == whole[:length] and log_probs == pytest.approx(theirs[:length], abs=1e-5)
+    assert len(left) >= 10 and left == {row: found[row][0] for row in left}, "what is heard early is what is returned"
 
 
 def test_the_kind_goes_by_the_prompts_and_the_architecture(monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_routing.env import check
-from grpo_routing.env.grader import Grade, Grader, cases_hold, extract_code, submission
+from grpo_routing.env.grader import Grade, Grader, begin_with, cases_hold, extract_code, submission
 from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, fenced, lazy_body, solution_text
 from grpo_routing.env.problems import SPLITS, LoopholeChoice, OpChains, Problem, draw_problem, make_split, split_of, wrong_body
 from grpo_routing.env.programs import OPERATIONS, Program, Step, damage, draw_program
@@ -408,6 +408,25 @@ def test_the_grader_runs_a_completion_once(box):
     assert ran(box, grade, [problem()] * 8, texts + texts[::-1]) == (expected + expected[::-1], 4)
     assert ran(box, grade, [problem()] * 4, texts) == (expected, 0)
     assert ran(box, grade, [problem()] * 2, ["no code", "no code"]) == ([False, False], 0)
+
+
+def test_what_was_begun_while_others_were_sampled_is_not_run_again(box):
+    grade, texts, before = grader(box), variants(4), len(box.codes)
+    begin = begin_with(grade, [problem("sentinel"), problem()])
+    begin([1, 1], texts[:2])
+    begin([1], texts[2:3])
+    assert [one.passed for one in grade([problem()] * 4, texts)] == [True, False, True, False] and len(box.codes) - before == 4
+    assert ran(box, grade, [problem("sentinel")], texts[:1]) == ([True], 1), "what was begun is the other problem's"
+    assert begin_with(lambda problems, completions: [], [problem()]) is None
+
+
+def test_an_error_in_the_background_is_heard_at_the_next_call():
+    with CountingSandbox() as own:
+        grade = grader(own)
+        grade.begin([problem()] * 2, ["one"])
+        with pytest.raises(ValueError, match="shorter"):
+            grade([], [])
+        assert grade([], []) == []
 
 
 def test_the_grader_keeps_problems_and_markers_apart(box):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def test_a_rollout_depends_on_its_own_seed_only(start):
     assert [r.completion_ids for r in whole] == [r.completion_ids for r in chunked]
     assert [r.completion_ids for r in whole] == [more[place].completion_ids for place in (0, 1, 4, 5, 8, 9)]
     assert whole[0].completion_ids != whole[1].completion_ids
+
+
+def test_what_a_step_says_early_is_what_it_samples(start):
+    line, _ = start()
+    prompts, heard = [line.prompt(problem) for problem in line.problems[:3]], []
+    endless = sample_rollouts(line.policy, prompts, [8, 8, 8], (0, "early"), 40, 1.0, 2)
+    line.policy.end, _ = Counter(token for rollout in endless for token in set(rollout.completion_ids)).most_common(1)[0]
+    rollouts = sample_rollouts(line.policy, prompts, [8, 8, 8], (0, "early"), 40, 1.0, 2,
+                               finished=lambda places, texts: heard.extend(zip(places, texts, strict=True)))
+    assert heard and not Counter(heard) - Counter((rollout.group, rollout.text) for rollout in rollouts)
 
 
 def test_the_sampler_agrees_with_the_gradient_forward(start):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from grpo_routing.env.loopholes import LOOPHOLES
@@ -51,9 +53,21 @@ class Grader:
     def __init__(self, sandbox: Sandbox, format_reward: float, pass_reward: float, memory: int) -> None:
         self.sandbox, self.format_reward, self.pass_reward, self.memory = sandbox, format_reward, pass_reward, memory
         self._known: OrderedDict[tuple, Grade] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, "grading")
+        self._begun: list[Future] = []
+
+    def begin(self, problems: list[Problem], completions: list[str]) -> None:
+        """Grade these in the background; a later call finds the grades, or the error."""
+        self._begun.append(self._thread.submit(self._graded, problems, completions))
 
     def __call__(self, problems: list[Problem], completions: list[str]) -> list[Grade]:
         """One grade per (problem, completion), in order."""
+        begun, self._begun = self._begun, []
+        for one in begun:
+            one.result()
+        return self._graded(problems, completions)
+
+    def _graded(self, problems: list[Problem], completions: list[str]) -> list[Grade]:
         keys = [(problem.id, problem.loophole, problem.marker, text) for problem, text in zip(problems, completions, strict=True)]
         new = {key: place for place, key in enumerate(keys) if key not in self._known}
         work = [(key, problems[place], extract_code(completions[place])) for key, place in new.items()]
@@ -77,3 +91,10 @@ class Grader:
         self._known.update(fresh)
         while len(self._known) > self.memory:
             self._known.popitem(last=False)
+
+
+def begin_with(grader: Callable, problems: list[Problem]) -> Callable[[list[int], list[str]], None] | None:
+    """What to tell of completions, each of problems[place], that are ready while others are still sampled: the grader begins with them.
+    None where it cannot, as one whose work several processes share."""
+    begin = getattr(grader, "begin", None)
+    return begin and (lambda places, completions: begin([problems[place] for place in places], completions))
