@@ -18,7 +18,7 @@ import argparse
 import csv
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -90,9 +90,9 @@ def track_of(run: Run, label: str, folder: Path) -> Track:
     return Track(run.config["arm_name"] if detector else label, detector, run.config["seed"], tuple(points), run.name, run.code)
 
 
-def tracks_of(experiment: Path) -> list[Track]:
-    """Every finished run. Raises ReportError where there is none, or one cannot be read."""
-    return [track_of(run, arm.label, experiment / "runs" / run.name) for arm in group(read_runs(experiment)) for run in arm.runs]
+def tracks_of(experiment: Path, runs: Sequence[Run]) -> list[Track]:
+    """Every finished run of outputs/<experiment>. Raises ReportError where one cannot be read."""
+    return [track_of(run, arm.label, experiment / "runs" / run.name) for arm in group(runs) for run in arm.runs]
 
 
 def whole(tracks: list[Track]) -> list[str]:
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--figure", type=Path, help="also draw FILE.png, .svg and .pdf")
     asked = parser.parse_args(argv)
     try:
-        tracks = tracks_of(asked.experiment)
+        tracks = tracks_of(asked.experiment, read_runs(asked.experiment))
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ import csv
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -133,9 +134,9 @@ def pairings(rows: dict[tuple[str, str], list[Cell]]) -> list[tuple[str, str, li
                     if control == "none" and own[0].arm in placebo and own[0].pairs != PLACEBO]
 
 
-def finished(experiment: Path) -> list[Run]:
-    """The runs that have every evaluation. Raises ReportError when there is no run."""
-    return [run for run in read_runs(experiment) if run.evaluations.keys() >= set(STATES)]
+def finished(runs: Sequence[Run]) -> list[Run]:
+    """Those that have every evaluation."""
+    return [run for run in runs if run.evaluations.keys() >= set(STATES)]
 
 
 def whole(runs: list[Run]) -> list[str]:
@@ -196,7 +197,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--figure", type=Path, help="also draw FILE.png, .svg and .pdf")
     asked = parser.parse_args(argv)
     try:
-        runs = [run for folder in asked.experiment for run in finished(folder)]
+        runs = [run for folder in asked.experiment for run in finished(read_runs(folder))]
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2

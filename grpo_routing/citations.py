@@ -30,10 +30,12 @@ from grpo_routing import by_baseline, by_recall, by_source, compare, diagnosis, 
 from grpo_routing.analysis import Analysis, analyse
 from grpo_routing.archive import unpack
 from grpo_routing.arms import Arm, group
-from grpo_routing.results import ReportError, read_runs
+from grpo_routing.results import ReportError, Run, read_runs
 
 SUMMARY = ("known", "held-out", "solve", "format")
 BLOCK = re.compile(r"<!-- (\w+) of (\S+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+
+
 @cache
 def unpacked(archive: Path) -> Path:
     """The folder of an archive's experiment, which is there until the process ends. Raises ReportError when it cannot be read."""
@@ -44,15 +46,20 @@ def unpacked(archive: Path) -> Path:
     return experiment
 
 
+@cache
+def runs_of(archive: Path) -> list[Run]:
+    return read_runs(unpacked(archive))
+
+
 def arms_of(archive: Path) -> list[Arm]:
     """In the order of the report, which knows what is a control of what."""
-    return group(read_runs(unpacked(archive)))
+    return group(runs_of(archive))
 
 
 @cache
 def compared(archive: Path, controls: bool = True) -> Analysis:
     """Raises ReportError when the runs cannot be compared; with `controls` False no method is asked for its control."""
-    return analyse(unpacked(archive), read_runs(unpacked(archive)), controls=controls)
+    return analyse(unpacked(archive), runs_of(archive), controls=controls)
 
 
 KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
@@ -63,11 +70,11 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
     "sensitivity": lambda file: compare.sensitivity(compared(file).pairs),
     "ablation": lambda file: compare.table(compared(file, False).lines, compared(file, False).within),
     "ablation_verdicts": lambda file: compare.verdicts(compared(file, False)),
-    "sources": lambda file: by_source.whole(by_source.finished(unpacked(file))),
-    "masks": lambda file: diagnosis.page(diagnosis.qualities(unpacked(file))),
-    "baselines": lambda file: by_baseline.whole(by_baseline.tracks_of(unpacked(file))),
+    "sources": lambda file: by_source.whole(by_source.finished(runs_of(file))),
+    "masks": lambda file: diagnosis.page(diagnosis.qualities(unpacked(file), runs_of(file))),
+    "baselines": lambda file: by_baseline.whole(by_baseline.tracks_of(unpacked(file), runs_of(file))),
     "recall": lambda file: by_recall.page(by_recall.read_table(file)),
-    "evasion": lambda file: obfuscation.page(obfuscation.read_table(file, read_runs(unpacked(file.with_name("archive.parquet")))))}
+    "evasion": lambda file: obfuscation.page(obfuscation.read_table(file, runs_of(file.with_name("archive.parquet"))))}
 
 
 def written(text: str, root: Path) -> str:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 from grpo_routing.arms import Arm, group
 from grpo_routing.files import Record, write_atomic
-from grpo_routing.results import ReportError, mean, read_runs
+from grpo_routing.results import ReportError, Run, mean, read_runs
 from grpo_routing.source_figure import by_kind, draw_quality
 
 SERIES = ("auroc_known", "auroc_held_out", "recall_known", "recall_held_out", "false_positive", "precision", "f05")
@@ -49,9 +50,9 @@ class Quality:
         return about
 
 
-def qualities(experiment: Path) -> list[Quality]:
-    """Of every arm whose audit says something about labels or scores. Raises ReportError when there is no run."""
-    return [found for arm in group(read_runs(experiment)) if (found := quality_of(arm, experiment / "runs"))]
+def qualities(experiment: Path, runs: Sequence[Run]) -> list[Quality]:
+    """Of every arm of outputs/<experiment> whose audit says something about labels or scores."""
+    return [found for arm in group(runs) if (found := quality_of(arm, experiment / "runs"))]
 
 
 def quality_of(arm: Arm, runs: Path) -> Quality | None:
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--csv", type=Path)
     asked = parser.parse_args(argv)
     try:
-        found = qualities(asked.experiment)
+        found = qualities(asked.experiment, read_runs(asked.experiment))
     except ReportError as error:
         print(error, file=sys.stderr)
         return 2
