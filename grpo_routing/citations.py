@@ -9,9 +9,10 @@ A block stands between two comments, and everything between them is replaced:
     <!-- end -->
 
 `rates` is the report's table, `summary` the columns of it that a README wants, `differences` that of compare, `verdicts` the judged
-hypotheses, `ablation` and `ablation_verdicts` these two without asking for controls, `sensitivity` what so many seeds find; `sources`,
-`masks` and `baselines` are the pages of by_source.py, diagnosis.py and by_baseline.py; `recall` and `evasion` those of by_recall.py and
-obfuscation.py, from CSV that they wrote: the runs of one are older than archives, the other reads what an archive does not keep.
+hypotheses, `ablation` and `ablation_verdicts` these two without asking for controls, `sensitivity` what so many seeds find; `folds`,
+`sources`, `masks` and `baselines` are the pages of by_fold.py, by_source.py, diagnosis.py and by_baseline.py; `recall` and `evasion` those
+of by_recall.py and obfuscation.py, from CSV that they wrote: the runs of one are older than archives, the other reads what an archive
+does not keep.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from grpo_routing import by_baseline, by_recall, by_source, compare, diagnosis, obfuscation, report
+from grpo_routing import by_baseline, by_fold, by_recall, by_source, compare, diagnosis, obfuscation, report
 from grpo_routing.analysis import Analysis, analyse
 from grpo_routing.archive import unpack
 from grpo_routing.arms import Arm, group
@@ -71,6 +72,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
     "ablation": lambda file: compare.table(compared(file, False).lines, compared(file, False).within),
     "ablation_verdicts": lambda file: compare.verdicts(compared(file, False)),
     "sources": lambda file: by_source.whole(by_source.finished(runs_of(file))),
+    "folds": lambda file: by_fold.page(runs_of(file)),
     "masks": lambda file: diagnosis.page(diagnosis.qualities(unpacked(file), runs_of(file))),
     "baselines": lambda file: by_baseline.whole(by_baseline.tracks_of(unpacked(file), runs_of(file))),
     "recall": lambda file: by_recall.page(by_recall.read_table(file)),
