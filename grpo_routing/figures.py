@@ -139,7 +139,8 @@ def names(axes: Axes, arms: list[Arm], flags: list[str], places: list[float]) ->
             block = arm.block
             above = y - (ARM + HEADING) / 2 + 0.03
             axes.text(-LABELS / PANEL, above, block, transform=across, fontsize=7.5, color=GREY, va="center")
-        name, below = wrapped(arm.label, 26), wrapped(special, 38)
+        said = f" control={arm.runs[0].control}" if "control:" in special else ""  # once is enough
+        name, below = wrapped(arm.label.removesuffix(said), 26), wrapped(special, 38)
         loud, lines = special.startswith(("broken", "collapsed")), name + below
         for number, line in enumerate(lines):
             small, high = number >= len(name), (number - (len(lines) - 1) / 2) * min(0.14, 0.9 * ARM / len(lines))
