@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 
 from grpo_routing.build import ConfigError, build_policy, plan
 from grpo_routing.engines.canary import NotServed, Watched, update_served
-from grpo_routing.engines.transformers_cb import TransformersCb
+from grpo_routing.engines.transformers_cb import TransformersCb, gathered
 from grpo_routing.engines.vllm import completion
 from grpo_routing.parallel import World
 from grpo_routing.rollout import OWN, named_seed, uniforms
@@ -82,7 +82,8 @@ def test_cb_reports_the_trainers_log_probs_with_every_adapter_and_seat(config, w
     with policy.adapter.scaled({"quarantine": quarantine}):
         sampled = asked(cb(config), policy)
         torch.testing.assert_close(said(sampled), trainers(policy, sampled), atol=1e-5, rtol=0)
-    assert (said(sampled) - trainers(policy, sampled)).abs().mean() < 1e-5 or quarantine == 0  # the scale did something
+    with policy.adapter.scaled({"quarantine": 1.0 - quarantine}):  # and would tell another scale
+        assert (said(sampled) - trainers(policy, sampled)).abs().max() > 1e-3
     assert [len(ids) == NEW or ids[-1] == policy.end for ids, _ in sampled] == [True] * len(NAMES)
     assert policy.adapter.fingerprint() == before and policy.model.config._attn_implementation == "sdpa"
 
@@ -127,13 +128,12 @@ def test_a_run_logs_what_was_served_and_only_such_a_run_does(config, tmp_path):
     for rollout in ("transformers_cb", "own"):
         folder = run(config(f"rollout={rollout}", f"output={tmp_path}", "evaluation.problems=2"))
         rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-        found = {name: [row[name] for row in rows] for name in rows[0] if "served" in name}
+        found = [{name: value for name, value in row.items() if "served" in name} for row in rows]
         if rollout == "own":
-            assert not found
+            assert found == [{}, {}]
         else:
-            assert max(found["rollout/served_gap_max"]) < 1e-5 and len(rows) == 2
-            assert found["rollout/served_gap"] < found["rollout/served_gap_max"]
-            assert rows[0]["rollout/served_update"] == pytest.approx(1, abs=1e-3)  # from the adapter that the canary moved
+            assert [row["rollout/served_gap"] < row["rollout/served_gap_max"] < 1e-5 for row in found] == [True, True]
+            assert found[0]["rollout/served_update"] == pytest.approx(1, abs=1e-3)  # from the adapter that the canary moved
 
 
 # -------------------------------------------------------------------------------------------------------- the canary
@@ -183,12 +183,21 @@ def test_the_canary_lives_on_what_follows_the_adapter(policy):
         pytest.approx(1, abs=1e-3), pytest.approx(1, abs=1e-2), pytest.approx(1, abs=0.1), None]  # nothing changed before the last
 
 
-@pytest.mark.parametrize(("engine", "first"), [(Lagging(frozen=True), True), (Lagging(1), True), (Base(), True)])
-def test_an_engine_that_does_not_follow_dies_in_its_first_batch(policy, engine, first):
+@pytest.mark.parametrize("engine", [Lagging(frozen=True), Lagging(1)], ids=["frozen", "lagging"])
+def test_an_engine_that_does_not_follow_dies_in_its_first_batch(policy, engine):
     before = policy.adapter.fingerprint()
     with pytest.raises(NotServed, match="rollout=named did not follow the adapter: .* lie at -?0.[0-4]"):
         steps(Watched(engine, "named", 4, 1e9), policy, [0.01])
     assert policy.adapter.fingerprint() == before  # the move was taken back
+
+
+def test_the_base_model_in_place_of_the_policy_dies_too(policy):
+    """From the start of a run, where the adapter adds nothing, and from a checkpoint, where base, policy and moved policy are three."""
+    with pytest.raises(NotServed, match="rollout=named reports log-probs that differ from the trainer's"):
+        steps(Watched(Base(), "named", 4, 1e-3), policy, [0.01])
+    policy.adapter.load_state({key: value * ("/B" not in key) for key, value in policy.adapter.state().items()})
+    with pytest.raises(NotServed, match="rollout=named did not follow the adapter: .* lie at -?0.00"):
+        steps(Watched(Base(), "named", 4, 1e-3), policy, [0.01])
 
 
 def test_one_that_stops_following_later_dies_although_it_is_within_the_tolerance(policy):
@@ -197,7 +206,7 @@ def test_one_that_stops_following_later_dies_although_it_is_within_the_tolerance
     watched = Watched(engine, "named", 4, 1.0)
     steps(watched, policy, [1e-4])
     engine.seen, engine.frozen = engine.seen[-1:], True
-    with pytest.raises(NotServed, match="did not follow the adapter: .* mean gap .*e-0[3-6] nats"):
+    with pytest.raises(NotServed, match=r"did not follow the adapter: .* mean gap 0\.00"):
         steps(watched, policy, [1e-4])
 
 
@@ -242,19 +251,17 @@ def test_a_manager_that_is_kept_serves_pages_of_old_weights_and_the_canary_sees_
             with policy.adapter.merged():
                 if self.manager is None:
                     self.manager = engine.manager(policy, [max(PROMPTS, key=len)] * 20, 12, 0)
+                self.manager.start()
                 for row, prompt in enumerate(rows):
                     self.manager.add_request(prompt, request_id=str(row), max_new_tokens=new)
-                self.manager.start()
-                found = {}
-                while len(found) < len(rows):
-                    if one := self.manager.get_result(timeout=1):
-                        found[int(one.request_id)] = (tuple(one.generated_tokens), tuple(one.logprobs))
-                self.manager.stop(keep_for_next_session=True)
-            return [found[row] for row in range(len(rows))]
+                try:
+                    return gathered(self.manager, len(rows))
+                finally:
+                    self.manager.stop(keep_for_next_session=True)
 
     kept = Kept()
     try:
-        with pytest.raises(NotServed):
+        with pytest.raises(NotServed, match="rollout=named did not follow the adapter|differ from the trainer's"):
             steps(Watched(kept, "named", 9, 1e-3), policy, [0.1])
     finally:
         policy.model.destroy_cached_continuous_batching_manager()
@@ -295,7 +302,8 @@ def test_what_an_engine_cannot_serve_is_refused_when_planned(config, words, mess
         plan(config(*words))
 
 
-@pytest.mark.parametrize("words", [(CB, "adapter=mlp"), (CB, "arm=sgtm"), ("rollout=vllm", "adapter=svd"), ("rollout=vllm", "arm=graft_rate_matched", "extra_rollouts=none")])
+@pytest.mark.parametrize("words", [(CB, "adapter=mlp"), (CB, "arm=sgtm"), ("rollout=vllm", "adapter=svd"),
+                                   ("rollout=vllm", "arm=route_random")])
 def test_what_can_be_served_is_planned(config, words):
     plan(config(*words))
 
@@ -390,15 +398,16 @@ def test_vllm_would_be_given_the_policy_as_it_stands(vllm, config, words, quaran
             sampled = asked(watched, policy)
             torch.testing.assert_close(said(sampled), trainers(policy, sampled), atol=2e-5, rtol=0)
         assert watched.facts()["rollout/served_update"] == pytest.approx(1, abs=1e-3)
-    assert llm.resets == 3 and not [name for name in llm.model.state_dict() if "blocks" in name]  # the canary's move, and two batches
+    assert llm.resets == 3  # the canary's move, and two batches
 
 
 def test_what_vllm_is_asked(vllm, config, policy):
     watched = plan(config("rollout=vllm", "rollout.memory=0.3")).rollout.start(policy)
     watched.sample(policy, PROMPTS, COUNTS, NAMES, NEW, 0.7, 64)
     llm = watched.engine.llm
-    assert llm.settings == {"skip_tokenizer_init": True, "generation_config": "vllm", "gpu_memory_utilization": 0.3, "max_model_len": 2048,
-                            "enforce_eager": False, "enable_prefix_caching": True, "logprobs_mode": "raw_logprobs", "tensor_parallel_size": 1}
+    assert llm.settings == {"skip_tokenizer_init": True, "generation_config": "vllm", "gpu_memory_utilization": 0.3,
+                            "max_model_len": 2048, "enforce_eager": False, "enable_prefix_caching": True,
+                            "logprobs_mode": "raw_logprobs", "tensor_parallel_size": 1}
     rows = [prompt for prompt, count in zip(PROMPTS, COUNTS) for _ in range(count)]
     assert llm.asked[-len(rows):] == [({"prompt_token_ids": list(prompt)}, Words(
         n=1, seed=named_seed(*name) >> 1, temperature=0.7, top_p=1.0, top_k=-1, logprobs=0, max_tokens=NEW, stop_token_ids=[policy.end],
@@ -432,19 +441,19 @@ def test_a_part_of_the_weights_is_refused_and_so_is_a_cache_that_stays(vllm, con
 
 def test_prompts_that_do_not_fit_are_refused(vllm, config, policy):
     watched = plan(config("rollout=vllm", "rollout.max_length=45")).rollout.start(policy)
-    with pytest.raises(ValueError, match="rollout.max_length is 45 tokens, and a prompt with its completion may have 46; raise it"):
+    with pytest.raises(ValueError, match="rollout.max_length is 45, and a prompt with its completion has up to 46 tokens"):
         watched.engine.sample(policy, PROMPTS, COUNTS, NAMES, NEW, 1.0, 64)
 
 
 def test_outputs_are_read_and_odd_ones_refused():
-    good = SimpleNamespace(token_ids=[5, 9], finish_reason="stop", logprobs=[{5: SimpleNamespace(logprob=-1.0), 7: SimpleNamespace(logprob=-0.1)},
-                                                                             {9: SimpleNamespace(logprob=-2.0)}])
+    first, last, other = ({token: SimpleNamespace(logprob=value)} for token, value in ((5, -1.0), (9, -2.0), (8, -3.0)))
+    good = SimpleNamespace(token_ids=[5, 9], finish_reason="stop", logprobs=[first | {7: SimpleNamespace(logprob=-0.1)}, last])
     assert completion(SimpleNamespace(outputs=[good]), 9) == ((5, 9), (-1.0, -2.0))
 
     def odd(**changes):
         return SimpleNamespace(outputs=[SimpleNamespace(**vars(good) | changes)])
 
-    assert completion(odd(finish_reason="length", token_ids=[5, 8], logprobs=[good.logprobs[0], {8: SimpleNamespace(logprob=-3.0)}]), 9)[0] == (5, 8)
+    assert completion(odd(finish_reason="length", token_ids=[5, 8], logprobs=[first, other]), 9) == ((5, 8), (-1.0, -3.0))
     for changes in ({"finish_reason": "abort"}, {"finish_reason": "length"}, {"token_ids": [5, 8]}):
         with pytest.raises(RuntimeError, match="expected a completion that ends with token 9 or at its length"):
             completion(odd(**changes), 9)
@@ -461,4 +470,3 @@ def test_a_model_of_the_hub_is_given_whole(vllm, config, policy):
     with policy.adapter.merged():
         theirs, ours = watched.engine.llm.model.state_dict(), policy.model.state_dict()
         assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert replace(plan(config("rollout=vllm")).rollout, memory=0.5).memory == 0.5

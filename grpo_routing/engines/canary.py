@@ -25,6 +25,7 @@ from grpo_routing.types import TokenBatch
 AUTO = "auto"
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the mean gap, in nats
 CLEAR = 0.1
+MOVE = 0.1  # nats a token, between the adapter and the one that is served before the first step
 PROBE_TOKENS = 32  # of a completion before the first step
 
 State = dict[str, Tensor]  # an adapter's parameters
@@ -96,24 +97,29 @@ class Watched:
         policy.adapter.load_state(other)
         try:
             sampled = self.engine.sample(policy, prompts, [1] * len(prompts), names, max_new_tokens, temperature, at_once)
-            self.compared(policy, prompts, sampled, present)
+            _, update = self.compared(policy, prompts, sampled, present)
         finally:
             policy.adapter.load_state(present)
+        if update is None:
+            raise NotServed(f"rollout={self.name} reports log-probs too rough to tell an adapter from one that differs by {MOVE} nats a "
+                            "token; look at its precision, or use rollout=own")
         return other
 
     def moved(self, policy: Policy, prompts: list[tuple[int, ...]]) -> State:
-        """The present adapter plus noise, doubled until the prompts' own tokens tell the two apart by 20 tolerances."""
-        present, size = copied(policy), 1e-3
+        """The present adapter plus noise, doubled until the prompts' own tokens tell the two apart."""
+        present = copied(policy)
         own = [(prompt[:1], prompt[1:]) for prompt in prompts]
         before = log_probs(policy, own)
         noise = {key: torch.randn(value.shape, generator=generator_for("canary", key)).to(value) for key, value in present.items()}
-        while True:
-            policy.adapter.load_state(other := {key: value + size * noise[key] for key, value in present.items()})
+        for doubled in range(32):
+            other = {key: value + 2.0**doubled * 1e-3 * noise[key] for key, value in present.items()}
+            policy.adapter.load_state(other)
             difference = float((log_probs(policy, own) - before).abs().mean())
             policy.adapter.load_state(present)
-            if difference > max(20 * self.tolerance, 0.1):
+            if difference > MOVE:
                 return other
-            size *= 2
+        raise NotServed(f"the canary of rollout={self.name} found no adapter that changes the log-probs of {len(own)} prompts; are they "
+                        "empty, or is every block switched off? Use rollout=own")
 
     def compared(self, policy: Policy, prompts: list[tuple[int, ...]], sampled: list[Sampled],
                  earlier: State) -> tuple[Tensor, float | None]:

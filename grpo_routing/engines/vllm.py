@@ -86,7 +86,7 @@ class Server:
                temperature: float, at_once: int) -> list[Sampled]:
         """As `Engine.sample`. Raises ValueError for prompts that are too long, RuntimeError for outputs that are none."""
         if (longest := max(map(len, prompts)) + max_new_tokens) > self.max_length:
-            raise ValueError(f"rollout.max_length is {self.max_length} tokens, and a prompt with its completion may have {longest}; raise it")
+            raise ValueError(f"rollout.max_length is {self.max_length}, and a prompt with its completion has up to {longest} tokens")
         self.sync(policy)
         asked = [{"prompt_token_ids": list(prompt)} for prompt, count in zip(prompts, counts) for _ in range(count)]
         words = [self.words(n=1, seed=named_seed(*name) >> 1, temperature=temperature, top_p=1.0, top_k=-1, logprobs=0,
