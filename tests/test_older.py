@@ -32,8 +32,8 @@ def test_an_older_config_is_the_run_of_today(config, tmp_path, arm):
     today = config(f"arm={arm}")
     now, then = build.plan(today), ready_plan(older(today), tmp_path)
     assert then.model.prepare.stage == now.model.prepare.stage == "none"
-    for part in ("dataset", "loophole", "reward", "projection", "mask_source", "advantage", "prompt", "sampling", "rollout", "extra_rollouts",
-                 "optimizer", "adapter", "trainer", "evaluation"):
+    for part in ("dataset", "loophole", "reward", "projection", "mask_source", "advantage", "prompt", "sampling", "rollout",
+                 "extra_rollouts", "optimizer", "adapter", "trainer", "evaluation"):
         assert getattr(then, part) == getattr(now, part), part
     assert then.model.key() == now.model.key()
 
