@@ -16,7 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from grpo_routing.adapters import ADAPTERS
 from grpo_routing.adapters.adapter import QUARANTINE
+from grpo_routing.adapters.mlp import Mlp
 from grpo_routing.advantages import ADVANTAGES, Penalty
+from grpo_routing.engines import ENGINES
 from grpo_routing.env.grader import Grader
 from grpo_routing.env.problems import LoopholeChoice, OpChains, Problem
 from grpo_routing.extra_rollouts import EXTRA_ROLLOUTS
@@ -30,7 +32,7 @@ from grpo_routing.parallel import ALONE, World
 from grpo_routing.policy import Policy
 from grpo_routing.projections import PROJECTIONS, MeasureOnly
 from grpo_routing.prompts import PROMPTS
-from grpo_routing.sampling import SAMPLINGS
+from grpo_routing.sampling import SAMPLINGS, Plain
 from grpo_routing.self_report_sft import prepared
 from grpo_routing.settings import Evaluation, Reward, SandboxLimits
 from grpo_routing.train import Audit, Line, Trainer, Truth
@@ -47,6 +49,7 @@ DATASETS = {"opchains": OpChains, "leetcode": LeetCode}
 GROUPS: dict[str, type | dict[str, type]] = {
     "model": MODELS, "dataset": DATASETS, "loophole": LoopholeChoice, "reward": Reward, "sandbox": SandboxLimits,
     "projection": PROJECTIONS, "mask_source": MASK_SOURCES, "advantage": ADVANTAGES, "prompt": PROMPTS, "sampling": SAMPLINGS,
+    "rollout": ENGINES,
     "extra_rollouts": EXTRA_ROLLOUTS, "optimizer": OPTIMIZERS, "adapter": ADAPTERS, "trainer": Trainer,
     "health": Tripwire, "evaluation": Evaluation, "logger": LOGGERS,
 }
@@ -68,6 +71,7 @@ class Plan:
     advantage: Any
     prompt: Any
     sampling: Any
+    rollout: Any
     extra_rollouts: Any
     optimizer: Any
     adapter: Any
@@ -213,7 +217,27 @@ def impossible(parts: dict[str, Any], uses_oracle: bool, arm_name: str) -> list[
         "extra_rollouts=anchor samples with the quarantine off, and this adapter has none; its anchors would be ordinary groups. "
         "Give the adapter a quarantine, or raise trainer.prompts_per_step": bool(extra.groups) and not quarantine,
     }
-    return [message for message, broken in holds.items() if broken] + told_held_out(parts)
+    return [message for message, broken in holds.items() if broken] + unserved(parts) + told_held_out(parts)
+
+
+def unserved(parts: dict[str, Any]) -> list[str]:
+    """What the engine of the rollouts cannot serve."""
+    engine, adapter, projection, extra = parts["rollout"], parts["adapter"], parts["projection"], parts["extra_rollouts"]
+    name = f"rollout={_name(ENGINES, engine)}"
+    other = getattr(projection, "forward", "on") != "on" or bool(extra.groups)
+    holds = {
+        f"sampling={_name(SAMPLINGS, parts['sampling'])} edits hidden states while rollouts are sampled, which the canary of {name} would "
+        f"take for old weights; use rollout=own": engine.served and not isinstance(parts["sampling"], Plain),
+        f"{name} reports log-probs of the tempered distribution, which say nothing about the trainer's; set trainer.temperature=1, or use "
+        f"rollout=own or vllm": engine.tempers and parts["trainer"].temperature != 1,
+        f"adapter=mlp widens the MLPs, and the copy that {name} serves has their old width; use adapter=lora or svd, or "
+        f"rollout=transformers_cb": engine.copies and isinstance(adapter, Mlp),
+        f"a gate depends on its input and cannot be folded into the copy of the weights that {name} serves; set adapter.gate=false, or use "
+        f"rollout=transformers_cb": engine.copies and getattr(adapter, "gate", False),
+        f"{name} serves one copy of the weights a step, and here some groups are sampled with the quarantine off (projection.forward, "
+        f"extra_rollouts=anchor); use rollout=transformers_cb": engine.copies and other,
+    }
+    return [message for message, broken in holds.items() if broken]
 
 
 @cache
@@ -269,4 +293,5 @@ def build_line(plan: Plan, policy: Policy, grader: Grader, audit: Audit | None, 
     return Line(
         seed=plan.seed, policy=policy, problems=plan.dataset.training(plan.loophole) if problems is None else problems, prompt=plan.prompt,
         sampling=plan.sampling.fit(policy), extra_rollouts=plan.extra_rollouts, grader=grader, mask_source=plan.mask_source,
-        advantage=plan.advantage, projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit, ceiling=ceiling)
+        advantage=plan.advantage, projection=plan.projection, optimizer=plan.optimizer, trainer=plan.trainer, audit=audit, ceiling=ceiling,
+        rollout=plan.rollout.start(policy))

@@ -20,6 +20,7 @@ UNPREPARED = {"stage": NONE, "samples": 1, "wrong_share": 0.5, "error_source": "
 Setting = tuple[str, str, str, Any]  # group, its option ("" for every one), setting ("" for the whole group), value
 UNNAMED: tuple[Setting, ...] = (
     ("sampling", "", "", {"name": "plain"}),
+    ("rollout", "", "", {"name": "own"}),
     ("model", "", "prepare", UNPREPARED),
     ("advantage", "screening", "label", "loose"),
     ("advantage", "screening", "denominator", "batch"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # loading it takes longer than planning a hundred runs
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Sampled = tuple[tuple[int, ...], tuple[float, ...]]  # completion ids, their log-probs under the policy at temperature 1
+Left = Callable[[list[int], list[tuple[int, ...]]], None]  # hears which rows have left a batch that goes on, and their completions
 
 
 class Policy:
@@ -184,13 +185,12 @@ class Policy:
 
     @torch.inference_mode()
     def sample(self, prompts: list[tuple[int, ...]], counts: list[int], uniforms: Tensor, temperature: float,
-               left: Callable[[list[int], list[tuple[int, ...]]], None] | None = None) -> list[Sampled]:
+               left: Left | None = None) -> list[Sampled]:
         """counts[p] completions of prompt p, prompt by prompt.
 
         uniforms [sum(counts), max_new_tokens] in [0, 1) decide every token by inverse transform, so a rollout
         depends on its own seed only. Each prompt is prefilled once for its group (decoder.py). Finished rows leave the batch when they
-        are a quarter of it: to close the ranks at each of them costs more than to carry them along. `left` hears which rows those are, and
-        their completions, while the others go on.
+        are a quarter of it: to close the ranks at each of them costs more than to carry them along. `left` hears of those.
         """
         with self.adapter.merged():
             logits, rows = self._prefill(prompts, counts, uniforms.shape[1])

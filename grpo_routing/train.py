@@ -34,7 +34,7 @@ from grpo_routing.optimizers import Optimizer
 from grpo_routing.policy import Policy
 from grpo_routing.projections.projection import Projection
 from grpo_routing.projections.subspace import Update
-from grpo_routing.rollout import Seat, fill_groups, retold, sample_rollouts
+from grpo_routing.rollout import OWN, Engine, Seat, fill_groups, retold, sample_rollouts
 from grpo_routing.types import ANCHOR, STUDENT, Labels, Rollout, TokenBatch, Trusted
 
 Truth = Callable[[list[Problem], list[Rollout], list[Grade]], Tensor]
@@ -114,6 +114,7 @@ class Line:
     trainer: Trainer
     audit: Audit | None
     ceiling: Truth | None = None
+    rollout: Engine = OWN
 
 
 @dataclass
@@ -136,7 +137,7 @@ def train_step(line: Line, state: State) -> dict[str, float]:
     extra = line.extra_rollouts(line.policy, prompts, t.group, (line.seed, "extra", step))
     with line.sampling.during(line.policy):
         rollouts = fill_groups(line.policy, prompts, seats(line, step), t.group, extra, (line.seed, "rollout", step), t.max_new_tokens,
-                               t.temperature, t.prompts_per_forward, begin_with(line.grader, problems))
+                               t.temperature, t.prompts_per_forward, line.rollout, begin_with(line.grader, problems))
     rollouts = retold(line.policy, rollouts, prompts, [line.prompt.train(problem) for problem in problems])
     grades = line.grader([problems[r.group] for r in rollouts], [r.text for r in rollouts])
     view = view_of(line, state.step, problems, rollouts, grades, state.fit)
@@ -163,7 +164,7 @@ def train_step(line: Line, state: State) -> dict[str, float]:
             | (measure_blocks(decision, norms, final, state.optimizer.facts, rollouts) if line.policy.adapter.has_quarantine
                or line.mask_source.kind == "rollout" else {})
             | {f"route/{name}": value for name, value in line.mask_source.facts(state.memory).items()}
-            | measure_subspace(line, state, rollouts, first, update, final))
+            | measure_subspace(line, state, rollouts, first, update, final) | line.rollout.facts())
 
 
 def measure_subspace(line: Line, state: State, rollouts: list[Rollout], first: GradientResult, update: Update,

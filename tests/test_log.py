@@ -51,10 +51,10 @@ def measured_run(taught) -> Path:
 
 @pytest.fixture(scope="module")
 def routed_run(config, tmp_path_factory) -> Path:
-    """Two steps with labels, anchors, split moments, and groups whose quarantine is off. The model writes no code, so the flags
-    are false positives."""
+    """Two steps with labels, anchors, split moments, groups whose quarantine is off, and another engine. The model writes no code, so
+    the flags are false positives."""
     return run(config("arm=graft", "loophole=held_out", "mask_source.false_positive=0.5", "projection.forward=off_when_clean",
-                      "projection.clean_share=0.5", f"output={tmp_path_factory.mktemp('routed')}"))
+                      "projection.clean_share=0.5", "rollout=transformers_cb", f"output={tmp_path_factory.mktemp('routed')}"))
 
 
 @pytest.fixture(scope="module")

@@ -32,8 +32,8 @@ def test_an_older_config_is_the_run_of_today(config, tmp_path, arm):
     today = config(f"arm={arm}")
     now, then = build.plan(today), ready_plan(older(today), tmp_path)
     assert then.model.prepare.stage == now.model.prepare.stage == "none"
-    for part in ("dataset", "loophole", "reward", "projection", "mask_source", "advantage", "prompt", "sampling", "extra_rollouts",
-                 "optimizer", "adapter", "trainer", "evaluation"):
+    for part in ("dataset", "loophole", "reward", "projection", "mask_source", "advantage", "prompt", "sampling", "rollout",
+                 "extra_rollouts", "optimizer", "adapter", "trainer", "evaluation"):
         assert getattr(then, part) == getattr(now, part), part
     assert then.model.key() == now.model.key()
 
@@ -51,7 +51,7 @@ def test_a_setting_that_changes_nothing_is_no_part_of_a_name(config, arm):
     assert identity(before) == identity(today) and recipe(before) == recipe(today)
 
 
-@pytest.mark.parametrize("words", [("sampling=suppressed",), ("arm=screening", "advantage.label=strict"),
+@pytest.mark.parametrize("words", [("sampling=suppressed",), ("rollout=transformers_cb",), ("arm=screening", "advantage.label=strict"),
                                    ("model.prepare.stage=self_report_sft",)])
 def test_a_setting_that_changes_something_is(config, words):
     assert identity(config(*words)) != identity(config(*words[:-1]))
