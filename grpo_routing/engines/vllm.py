@@ -4,8 +4,8 @@
     every rollout        a request of its own: SamplingParams(n=1, seed from its name, temperature, top_p=1, top_k=-1, logprobs=0)
     log-probs            of the model's own distribution, at temperature 1 (logprobs_mode=raw_logprobs)
 
-NEVER RUN: vLLM could not be installed where this was written. The calls are those of its offline API as documented (`LLM`,
-`SamplingParams`, `LLM.generate`, `LLM.apply_model`, `LLM.reset_prefix_cache`; version 0.10 and later). Tests put a stand-in in place of
+NEVER RUN: vLLM could not be installed where this was written. The calls are those of its offline API as its public sources have them
+(`LLM`, `SamplingParams`, `LLM.generate`, `LLM.apply_model`, `LLM.reset_prefix_cache`; version 0.10 and later). Tests put a stand-in in place of
 its own classes, and check the weights that it would be given, the requests, and the reading of its outputs. For the first real run the
 canary (canary.py) vouches.
 
