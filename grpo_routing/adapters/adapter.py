@@ -160,10 +160,6 @@ class Adapter:
     def size(self, block: str = DEPLOYED) -> int:
         return sum(p.numel() for module in self.parameters(block).values() for p in module.values())
 
-    def pressure(self, block: str) -> float:
-        """kappa = (all trainable numbers) / (the block's): the weight that lets a smaller block learn as fast (graft.md §1.3)."""
-        return sum(map(self.size, self.blocks)) / self.size(block)
-
     def norm(self, block: str) -> float:
         squares = [p.detach().float().square().sum() for m in self.parameters(block).values() for p in m.values()]
         return math.sqrt(float(torch.stack(squares).sum()))

@@ -52,6 +52,16 @@ class Lora:
     def blocks(self) -> tuple[str, ...]:
         return (DEPLOYED, QUARANTINE) if self.quarantine_rank else (DEPLOYED,)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the blocks' numbers are proportional to, before there is a model. A gate is less than one rank more."""
+        return {DEPLOYED: self.rank, QUARANTINE: self.quarantine_rank + self.gate}
+
+    @property
+    def alike(self) -> str:
+        """The setting that gives both blocks one size."""
+        return f"adapter.quarantine_rank={self.rank}"
+
     def attach(self, model: nn.Module) -> Adapter:
         return wrap(model, self._make)
 

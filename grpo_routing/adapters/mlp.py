@@ -47,6 +47,16 @@ class Mlp:
     def blocks(self) -> tuple[str, ...]:
         return (DEPLOYED, QUARANTINE) if self.quarantine_width else (DEPLOYED,)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the blocks' numbers are proportional to, before there is a model."""
+        return {DEPLOYED: self.width, QUARANTINE: self.quarantine_width}
+
+    @property
+    def alike(self) -> str:
+        """The setting that gives both blocks one size."""
+        return f"adapter.quarantine_width={self.width}"
+
     def attach(self, model: nn.Module) -> Adapter:
         return wrap(model, self._make, is_mlp, f"MLP with {', '.join(PARTS)}")
 

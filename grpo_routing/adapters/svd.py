@@ -42,6 +42,17 @@ class Svd:
     def shared_axes(self) -> bool:
         return self.axes == "shared"
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the blocks' numbers are proportional to, before there is a model; a rank that `every` does not divide makes the
+        quarantine smaller."""
+        return {DEPLOYED: 1 if self.shared_axes else self.every - 1, QUARANTINE: 1}
+
+    @property
+    def alike(self) -> str:
+        """The setting that gives both blocks one size."""
+        return "adapter.every=2"
+
     def attach(self, model: nn.Module) -> Adapter:
         return wrap(model, self._make)
 
