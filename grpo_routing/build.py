@@ -31,6 +31,7 @@ from grpo_routing.optimizers import OPTIMIZERS
 from grpo_routing.parallel import ALONE, World
 from grpo_routing.policy import Policy
 from grpo_routing.projections import PROJECTIONS, MeasureOnly
+from grpo_routing.projections.route import W_MAX
 from grpo_routing.prompts import PROMPTS
 from grpo_routing.sampling import SAMPLINGS, Plain
 from grpo_routing.self_report_sft import prepared
@@ -169,6 +170,7 @@ def impossible(parts: dict[str, Any], uses_oracle: bool, arm_name: str) -> list[
     advantage, optimizer, extra, trainer = parts["advantage"], parts["optimizer"], parts["extra_rollouts"], parts["trainer"]
     name, origin = _name(PROJECTIONS, projection), _name(MASK_SOURCES, source)
     quarantine = QUARANTINE in adapter.blocks
+    weight = projection.heaviest(adapter.sizes) if quarantine else 1.0
     sealed = getattr(extra, "sealed", None)  # of confessions; None: nobody confesses
     holds = {
         f"projection={name} takes a mask source of kind {' or '.join(projection.takes)}; {origin} is of kind {source.kind}. "
@@ -185,6 +187,9 @@ def impossible(parts: dict[str, Any], uses_oracle: bool, arm_name: str) -> list[
         f"projection={name} masks in the forward, so no unmasked gradient is left for optimizer={_name(OPTIMIZERS, optimizer)}; "
         f"choose optimizer=adamw and an advantage with one stream, or projection=route":
             projection.masks_forward and optimizer.needs_natural,
+        f"projection.kappa=sizes weighs rollouts by {weight:.1f}, more than {W_MAX:g}, as the blocks' sizes are "
+        f"{' to '.join(map(str, adapter.sizes.values()))}. Set {adapter.alike}, which makes them alike, or projection.kappa to a number":
+            weight > W_MAX,
         "projection.gate trains the gate of the quarantine, and adapter.gate is off; set adapter.gate=true (adapter=lora)":
             projection.trains_gate and not getattr(adapter, "gate", False),
         f"advantage={_name(ADVANTAGES, advantage)} reads scores; mask_source={origin} gives none. Choose one that labels rollouts":

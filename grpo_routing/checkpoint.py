@@ -12,12 +12,17 @@ import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from grpo_routing.adapters.adapter import Adapter
 from grpo_routing.files import write_atomic, write_json
 from grpo_routing.mask_sources.direction import Fit
 from grpo_routing.train import State
 from grpo_routing.types import Basis, Trusted
+
+
+class UnusableRun(ValueError):
+    """The folder cannot be used; the message says what was expected, what came and what to do."""
 
 
 def save_checkpoint(folder: Path, adapter: Adapter, state: State, kept: int = 2) -> None:
@@ -45,7 +50,7 @@ def save_checkpoint(folder: Path, adapter: Adapter, state: State, kept: int = 2)
 
 
 def load_checkpoint(folder: Path, adapter: Adapter, state: State) -> bool:
-    """Bring adapter and state back to the newest checkpoint; False when there is none."""
+    """Bring adapter and state back to the newest checkpoint; False when there is none. Raises UnusableRun."""
     if not (folder / "latest").exists():
         return False
     place = folder / (folder / "latest").read_text()
@@ -55,7 +60,9 @@ def load_checkpoint(folder: Path, adapter: Adapter, state: State) -> bool:
         # Copies: a tensor that lies in the file unaligned is rounded otherwise than the one that was saved.
         return {key[len(prefix) :]: value.clone() for key, value in tensors.items() if key.startswith(prefix)}
 
-    adapter.load_state(part("adapter/"))
+    saved = part("adapter/")
+    refuse_precision(saved, adapter, place)
+    adapter.load_state(saved)
     state.optimizer.load_state(part("optimizer/"))
     state.step, state.memory = facts["step"], part("memory/")
     if facts["facts"] is not None:
@@ -63,3 +70,13 @@ def load_checkpoint(folder: Path, adapter: Adapter, state: State) -> bool:
         state.fit = Fit(Basis(basis) if facts["rank"] is None else Trusted(basis, part("trusted/"), facts["rank"]), facts["facts"])
     state.fit_overlap = math.nan if facts["fit_overlap"] is None else facts["fit_overlap"]
     return True
+
+
+def refuse_precision(saved: dict[str, Tensor], adapter: Adapter, place: Path) -> None:
+    """Older code kept adapter parameters in a base's half precision, where small steps are lost. Widened they would be those of a run that
+    no code computes from its start."""
+    for key, own in adapter.state().items():
+        if key in saved and saved[key].dtype != own.dtype:
+            came, expected = (str(tensor.dtype).removeprefix("torch.") for tensor in (saved[key], own))
+            raise UnusableRun(f"expected adapter parameters in {expected}; those of {place} are in {came}, by code that kept them in the "
+                              "base's precision. Remove the run's folder and run it again, or go back to the commit in its provenance.json")

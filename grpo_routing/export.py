@@ -8,9 +8,8 @@
 
 Weights are folded by the adapter itself (`Adapter.merged`), as the deployed policy was sampled and evaluated, so an exported model has
 the bits that eval/as_deployed.json was measured with and one rounding per weight lies between it and its branches: none to speak of in
-float32, about 2^-9 of every weight in bfloat16. Rounding once from float64 would lie closer to the branches and be another policy than
-the evaluated one. Exact beyond that rounding if the block is a change of weights: one behind a gate is refused, and so is a widened MLP
-in a model whose MLPs do not all have the width `intermediate_size` (no number in config.json could then be right). adapter=mlp adapts every
+float32, about 2^-9 of every weight in bfloat16. In PEFT's layout A and B are float32 whatever the base is, as PEFT keeps them. Exact
+beyond that rounding if the block is a change of weights: one behind a gate is refused, and so is a widened MLP in a model whose MLPs do not all have the width `intermediate_size` (no number in config.json could then be right). adapter=mlp adapts every
 gated MLP alike and branches through the MLP's own activation, so no layer needs padding.
 
 A folder that is left has passed export_check.py: plain transformers read it, its tokens are the run's, its log-probabilities lie within the

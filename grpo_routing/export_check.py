@@ -162,11 +162,10 @@ def check(run: Finished, folder: Path, form: str, asked: Answers, wanted: States
 
 def refuse_quarantine(run: Finished, folder: Path) -> None:
     """Raises UnusableRun if a tensor of the folder is called after a block, equals a tensor of the quarantine, or has it as its last rows
-    or columns (where a widened MLP would keep it). Zeros, as of a quarantine that never learned, are nobody's."""
+    or columns (where a widened MLP would keep it)."""
     if not run.policy.adapter.has_quarantine:
         return
-    secret = [tensor for tensor in run.policy.adapter.parameters(QUARANTINE).values() for tensor in tensor.values()]
-    secret = [tensor.detach().cpu() for tensor in secret if bool(tensor.detach().ne(0).any())]
+    secret = [tensor.detach().cpu() for module in run.policy.adapter.parameters(QUARANTINE).values() for tensor in module.values()]
     for file in sorted(folder.rglob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if QUARANTINE in name or ".blocks." in name or any(holds(tensor, own) for own in secret):
@@ -175,12 +174,16 @@ def refuse_quarantine(run: Finished, folder: Path) -> None:
 
 
 def holds(tensor: Tensor, part: Tensor) -> bool:
-    """Whether `part` is the whole, or the last rows or columns of `tensor`."""
+    """Whether `part`, in the precision of `tensor`, is the whole of it or its last rows or columns. Zeros, as of a quarantine that never
+    learned, are nobody's."""
     if tensor.ndim != part.ndim or any(there < own for there, own in zip(tensor.shape, part.shape)):
         return False
-    last = tensor[tuple(slice(there - own, None) for there, own in zip(tensor.shape, part.shape))].to(part.dtype)
+    last = tensor[tuple(slice(there - own, None) for there, own in zip(tensor.shape, part.shape))]
     corner = (-1,) * part.ndim  # one number tells most tensors apart
-    return bool(last[corner] == part[corner]) and torch.equal(last, part)
+    if last[corner] != part[corner].to(last.dtype):
+        return False
+    part = part.to(last.dtype)
+    return torch.equal(last, part) and bool(part.any())
 
 
 def reopened(run: Finished, folder: Path, form: str) -> Policy:
@@ -208,7 +211,7 @@ def add_peft(model: PreTrainedModel, folder: Path) -> None:
     for name in (name.removesuffix(tail) for name in tensors if name.endswith(tail)):
         a, b = tensors[f"{name}.lora_A.weight"].clone(), tensors[f"{name}.lora_B.weight"].clone()
         weight = model.get_submodule(name.removeprefix("base_model.model.")).weight
-        weight.data = weight.data + said["lora_alpha"] / said["r"] * (b @ a)
+        weight.data = (weight.data + said["lora_alpha"] / said["r"] * (b @ a)).to(weight.dtype)
 
 
 def evaluated(run: Finished, policy: Policy) -> Evaluated:

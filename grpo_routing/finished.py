@@ -8,15 +8,11 @@ from pathlib import Path
 import torch
 
 from grpo_routing.build import ConfigError, Plan, build_policy, plan
-from grpo_routing.checkpoint import load_checkpoint
+from grpo_routing.checkpoint import UnusableRun, load_checkpoint
 from grpo_routing.folder import frozen, status
 from grpo_routing.older import completed
 from grpo_routing.policy import Policy
 from grpo_routing.train import State
-
-
-class UnusableRun(ValueError):
-    """The folder cannot be used; the message says what was expected, what came and what to do."""
 
 
 @dataclass(frozen=True)

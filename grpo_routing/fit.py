@@ -23,7 +23,6 @@ from grpo_routing.build import ConfigError, Plan
 from grpo_routing.composed import planned
 from grpo_routing.decoder import SHORT
 from grpo_routing.footprint import Footprint, Sizes, chunk_bytes, footprint, keeps, rollouts
-from grpo_routing.optimizers import SplitMoment
 
 GB = 1e9
 
@@ -68,7 +67,6 @@ class Memory:
 def memory_of(plan: Plan, sizes: Sizes, found: Footprint) -> Memory:
     t = plan.trainer
     micro, batch = min(t.micro_batch, rollouts(plan)), rollouts(plan)
-    moments = 2 * (4 * found.adapter_numbers if isinstance(plan.optimizer, SplitMoment) else found.adapter)
     rows = min(t.prompts_per_forward, t.prompts_per_step) * t.group
     asked = min(t.prompts_per_forward, t.prompts_per_step)
     own = sizes.completion + (sizes.prompt if sizes.prompt <= SHORT else 0)  # after short prompts every row has its prompt's too
@@ -76,7 +74,7 @@ def memory_of(plan: Plan, sizes: Sizes, found: Footprint) -> Memory:
     logits = chunk_bytes(found.vocabulary, micro * sizes.completion)
     height = found.update_peak - found.saved
     return Memory(
-        {"frozen weights": found.parameters, "adapter": found.adapter, "optimizer's moments": moments},
+        {"frozen weights": found.parameters, "adapter": found.adapter, "optimizer's moments": 2 * found.adapter},
         {"sampling": {
             "weights with the adapter folded in": found.folded,
             "small projections side by side": found.joined,

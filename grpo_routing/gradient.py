@@ -98,10 +98,10 @@ def rollout_gradients(policy: Policy, tokens: TokenBatch, advantages: Tensor, lo
     adapter, world = policy.adapter, policy.world
     old_all = torch.zeros_like(tokens.completion_mask, dtype=advantages.dtype) if old_log_probs is None else old_log_probs
     sizes = {block: {name: flat.numel() for name, flat in adapter.flatten(block).items()} for block in blocks}
-    kept = {block: (Summing(asked[block], sizes[block], advantages, world) if asked else Keeping(sizes[block], advantages, world))
-            for block in blocks}
     active = list(range(len(tokens))) if loss.kl_weight or forward.aid else advantages.nonzero().flatten().tolist()
     active = world.share(active)
+    kept = {block: (Summing(asked[block], sizes[block], advantages, world) if asked else Keeping(sizes[block], advantages, world, active))
+            for block in blocks}
     losses, kl_sum, ratio_sum, count = torch.zeros_like(advantages), 0.0, 0.0, 0
     together = alike(tokens, active, forward, asked) if asked and policy.packs and not forward.aid else []
     apart = sorted(set(active).difference(*together))
@@ -176,17 +176,23 @@ def of_like_size(groups: list[list[int]], size: int) -> list[list[list[int]]]:
 
 
 class Keeping:
-    """Keeps every rollout's gradient of a block; rollouts that never come have none."""
+    """Keeps every rollout's gradient of a block; rollouts that never come have none. Of several processes each keeps what it computes:
+    `active`, its share of the rollouts."""
 
-    def __init__(self, sizes: dict[str, int], like: Tensor, world: World) -> None:
-        self.world = world
-        self.modules = {name: like.new_zeros(len(like), size) for name, size in sizes.items()}
+    def __init__(self, sizes: dict[str, int], like: Tensor, world: World, active: list[int]) -> None:
+        self.world, self.own, count = world, None, len(like)
+        self.places = torch.arange(count)  # row of the batch -> row that is kept
+        if world.size > 1:
+            self.own = torch.zeros_like(like, dtype=torch.bool)
+            self.own[active] = True
+            self.places, count = self.own.cpu().cumsum(0) - 1, len(active)
+        self.modules = {name: like.new_zeros(count, size) for name, size in sizes.items()}
 
     def add(self, name: str, rows: list[int], flat: Tensor) -> None:
-        self.modules[name][rows] = flat.to(self.modules[name])
+        self.modules[name][self.places[rows].tolist()] = flat.to(self.modules[name])
 
     def result(self) -> RolloutGrads:
-        return RolloutGrads(self.modules, self.world)
+        return RolloutGrads(self.modules, self.world, self.own)
 
 
 class Summing:

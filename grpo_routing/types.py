@@ -133,21 +133,32 @@ class Packed:
 class RolloutGrads:
     """One exact gradient of a block per rollout and module, all from one backward (architecture.md §5).
 
-    Of a run in several processes each holds the rows that it computed, zeros in place of the others; what is asked of them is of all.
+    Of a run in several processes each holds the rows that it computed alone; what is asked of them is of all.
     """
 
     modules: dict[str, Tensor]  # name -> [B, D_module], float32
     world: World = ALONE
+    own: Tensor | None = None  # bool [B]: the rollouts whose rows are here, in their order; None is all
 
     def __post_init__(self) -> None:
-        counts = {len(rows) for rows in self.modules.values()}
+        counts = {len(rows) for rows in self.modules.values()} | (set() if self.own is None else {int(self.own.sum())})
         if len(counts) != 1:
             raise ValueError(f"every module needs the same number of rollouts; got {sorted(counts)}")
+
+    def everyones(self, at: str, values: Tensor) -> Tensor:
+        """Of values of the rows that are here [n, ...], those of all rollouts [B, ...]."""
+        if self.own is None:
+            return values
+        spread = values.new_zeros(len(self.own), *values.shape[1:])
+        spread[self.own] = values
+        return self.world.sum(at, spread)
 
     def summed(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Gradient of the batch; `weights` [B] (or a boolean choice of rows) multiply the rollouts. All ones change no bit."""
         if weights is None:
             weights = torch.ones(len(next(iter(self.modules.values()))))
+        elif self.own is not None:
+            weights = weights[self.own]
         return self.world.sums("gradients", {name: weighted(grad, weights) for name, grad in self.modules.items()})
 
     def answer(self, asked: Asked, factors: Tensor) -> RolloutSums:
@@ -158,11 +169,11 @@ class RolloutGrads:
 
     def norms(self) -> Tensor:
         """Length of each rollout's whole gradient, [B]."""
-        return self.world.sum("norms", torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0)).sqrt()
+        return self.everyones("norms", torch.stack([grad.square().sum(1) for grad in self.modules.values()]).sum(0)).sqrt()
 
     def along(self, axes: dict[str, Tensor]) -> Tensor:
         """Inner product of each rollout's gradient with one axis [D] per module, [B]."""
-        return self.world.sum("along", torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0))
+        return self.everyones("along", torch.stack([self.modules[name] @ axis for name, axis in axes.items()]).sum(0))
 
 
 def weighted(rows: Tensor, weights: Tensor) -> Tensor:

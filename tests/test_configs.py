@@ -185,6 +185,21 @@ def test_values_that_cannot_work_are_refused(config, override, message):
         build.plan(config(override))
 
 
+@pytest.mark.parametrize(("words", "sizes", "enough"), [
+    (["trainer=fast"], "5.0, more than 4, as the blocks' sizes are 32 to 8", "adapter.quarantine_rank=32"),
+    (["adapter=mlp", "~adapter.quarantine_rank", "adapter.quarantine_width=4"], "5.0, more than 4, as the blocks' sizes are 16 to 4",
+     "adapter.quarantine_width=16"),
+    (["adapter=svd", "~adapter.quarantine_rank", "adapter.axes=disjoint", "adapter.every=5"], "5.0, .* are 4 to 1", "adapter.every=2"),
+    (["adapter.rank=2", "projection.mode=exclusive"], "5.0, .* are 2 to 8", "adapter.quarantine_rank=2"),
+])
+def test_blocks_of_too_different_sizes_are_refused_with_what_makes_them_alike(config, words, sizes, enough):
+    """As the run itself would refuse them at its first step."""
+    with pytest.raises(build.ConfigError, match=f"{sizes}. Set {enough}, which makes them alike, or projection.kappa to a number"):
+        build.plan(config("arm=graft", *words))
+    for more in (enough, "projection.kappa=2.0"):
+        build.plan(config("arm=graft", *[word for word in words if not word.startswith(more.split("=")[0])], more))
+
+
 def test_all_problems_are_reported_at_once(config):
     with pytest.raises(build.ConfigError) as error:
         build.plan(config("trainer.steps=0", "optimizer.schedule=linear") | {"typo": 1})

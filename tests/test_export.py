@@ -234,9 +234,10 @@ def test_other_adapters_have_no_peft_layout(finished, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("family", "adapter", "dtype"), [
-    ("qwen2", "lora", "float32"), ("llama", "mlp", "float32"), ("qwen3", "svd", "bfloat16")])
+    ("qwen2", "lora", "float32"), ("qwen2", "lora", "bfloat16"), ("llama", "mlp", "float32"), ("qwen3", "svd", "bfloat16")])
 def test_other_models_go_through_the_hub_path(config, tmp_path, family, adapter, dtype):
-    """A local folder in place of a hub name: biases, untied embeddings and chat template come along; bfloat16 stays bfloat16."""
+    """A local folder in place of a hub name: biases, untied embeddings and chat template come along; bfloat16 stays bfloat16, of which an
+    adapter in PEFT's layout is no part."""
     small, tokenizer = build.plan(config()).model.load()
     tokenizer.chat_template = TEMPLATE
     shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -257,10 +258,11 @@ def test_other_models_go_through_the_hub_path(config, tmp_path, family, adapter,
     assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
     assert json.loads((out / "export.json").read_text())["evaluated"]["differing"] == 0
     if family == "qwen2":
-        assert torch.equal(back.model.layers[1].self_attn.q_proj.bias, model.model.layers[1].self_attn.q_proj.bias)
-        assert not torch.equal(back.model.layers[1].self_attn.q_proj.weight, model.model.layers[1].self_attn.q_proj.weight)
+        own, base = back.model.layers[1].self_attn.q_proj, model.model.layers[1].self_attn.q_proj.to(back.dtype)
+        assert torch.equal(own.bias, base.bias) and not torch.equal(own.weight, base.weight)
         peft = exported(folder, tmp_path / "peft", "--format", "peft")
         assert json.loads((peft / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+        assert {tensor.dtype for tensor in load_file(peft / "adapter_model.safetensors").values()} == {torch.float32}
         assert not (peft / "base").exists() and json.loads((peft / "export.json").read_text())["evaluated"]["differing"] == 0
     card = (out / "README.md").read_text()
     assert "base_model:" not in card and "`enable_thinking=False`" in card  # a local folder is no name on the hub

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE
-from grpo_routing.gradient import PolicyLoss, rollout_gradients
+from grpo_routing.gradient import Keeping, PolicyLoss, rollout_gradients
+from grpo_routing.parallel import ALONE, World
 from grpo_routing.types import RolloutGrads, TokenBatch
 
 ADAPTERS = ("lora", "svd", "mlp")
@@ -140,6 +141,27 @@ def test_wrong_shapes_are_refused():
         TokenBatch(torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="same number of rollouts"):
         RolloutGrads({"a": torch.zeros(2, 3), "b": torch.zeros(3, 3)})
+    with pytest.raises(ValueError, match=r"got \[2, 3\]"):
+        RolloutGrads({"a": torch.zeros(2, 3)}, own=torch.ones(3, dtype=torch.bool))
+
+
+def test_of_several_processes_each_keeps_only_the_rows_that_it_computes():
+    """Together they have what one process has; the rollouts without advantage are nowhere."""
+    rows, active = torch.arange(12.0).view(6, 2), [0, 2, 3, 5]
+    parts = []
+    for rank in range(3):
+        world = World(rank, 3)
+        kept = Keeping({"m": 2}, torch.zeros(6), world, world.share(active))
+        for row in reversed(world.share(active)):
+            kept.add("m", [row], rows[[row]])
+        parts.append(kept.result())
+    assert [len(part.modules["m"]) for part in parts] == [1, 1, 2] and torch.equal(torch.stack([part.own for part in parts]).sum(0),
+                                                                                  torch.tensor([1, 0, 1, 1, 0, 1]))
+    assert torch.equal(torch.cat([part.modules["m"] for part in parts]), rows[active])
+    alone = Keeping({"m": 2}, torch.zeros(6), ALONE, active)
+    alone.add("m", active, rows[active])
+    assert alone.result().own is None and torch.equal(alone.result().modules["m"][active], rows[active])
+    assert not alone.result().modules["m"][[1, 4]].any()
 
 
 def test_t_h1_padding_leaves_the_loss_as_it_is(tiny_policy):

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedLinear, Adapter, Parameters, generator_for, rollout_linear, wrap
+from grpo_routing.adapters.adapter import (
+    DEPLOYED,
+    QUARANTINE,
+    AdaptedLinear,
+    Adapter,
+    Parameters,
+    generator_for,
+    rollout_linear,
+    trainable,
+    wrap,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,16 @@ class Lora:
     def blocks(self) -> tuple[str, ...]:
         return (DEPLOYED, QUARANTINE) if self.quarantine_rank else (DEPLOYED,)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the blocks' numbers are proportional to, before there is a model. A gate is less than one rank more."""
+        return {DEPLOYED: self.rank, QUARANTINE: self.quarantine_rank + self.gate}
+
+    @property
+    def alike(self) -> str:
+        """The setting that gives both blocks one size."""
+        return f"adapter.quarantine_rank={self.rank}"
+
     def attach(self, model: nn.Module) -> Adapter:
         return wrap(model, self._make)
 
@@ -53,8 +73,9 @@ class Lora:
         d_out, d_in = base.weight.shape
         own = ("lora", self.seed, name) if block == DEPLOYED else ("lora", self.seed, name, block)
         a = (torch.rand(rank, d_in, generator=generator_for(*own)) * 2 - 1) / math.sqrt(d_in)
-        start = {"A": nn.Parameter(a.to(base.weight)), "B": nn.Parameter(base.weight.new_zeros(d_out, rank))}
-        return start | {"G": nn.Parameter(base.weight.new_zeros(1, d_in))} if self.gate and block == QUARANTINE else start
+        start = {"A": a, "B": torch.zeros(d_out, rank)}
+        start |= {"G": torch.zeros(1, d_in)} if self.gate and block == QUARANTINE else {}
+        return {key: trainable(value, base.weight) for key, value in start.items()}
 
 
 class LoraLinear(AdaptedLinear):
@@ -76,7 +97,7 @@ class LoraLinear(AdaptedLinear):
 
     def coordinates(self, x: Tensor) -> Tensor:
         """The input in the deployed block's own coordinates, [b, T, r]; the adapter says `has_coordinates`."""
-        return nn.functional.linear(x, self.blocks[DEPLOYED]["A"])
+        return rollout_linear(x, self.blocks[DEPLOYED]["A"])
 
     def outputs_along(self, v: Tensor) -> Tensor:
         """The gradient of B is sum_t slope_t (A x_t)^T: its part along v is spanned by e_o x v, [d_out, D]."""

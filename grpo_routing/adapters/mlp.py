@@ -22,6 +22,7 @@ from grpo_routing.adapters.adapter import (
     generator_for,
     is_expert,
     rollout_linear,
+    trainable,
     wrap,
 )
 
@@ -46,6 +47,16 @@ class Mlp:
     def blocks(self) -> tuple[str, ...]:
         return (DEPLOYED, QUARANTINE) if self.quarantine_width else (DEPLOYED,)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the blocks' numbers are proportional to, before there is a model."""
+        return {DEPLOYED: self.width, QUARANTINE: self.quarantine_width}
+
+    @property
+    def alike(self) -> str:
+        """The setting that gives both blocks one size."""
+        return f"adapter.quarantine_width={self.width}"
+
     def attach(self, model: nn.Module) -> Adapter:
         return wrap(model, self._make, is_mlp, f"MLP with {', '.join(PARTS)}")
 
@@ -58,8 +69,8 @@ class Mlp:
         bound = math.sqrt(6 / len(weight))  # Kaiming's, fan-in d
         gate, up = ((torch.rand(width, len(weight), generator=generator_for("mlp", self.seed, name, block, part)) * 2 - 1) * bound
                     for part in PARTS[:2])
-        return {"gate": nn.Parameter(gate.to(weight)), "up": nn.Parameter(up.to(weight)),
-                "down": nn.Parameter(weight.new_zeros(len(weight), width))}
+        start = {"gate": gate, "up": up, "down": torch.zeros(len(weight), width)}
+        return {key: trainable(value, weight) for key, value in start.items()}
 
 
 def is_mlp(name: str, module: nn.Module) -> bool:
@@ -87,7 +98,7 @@ class AdaptedMlp(AdaptedModule):
             for part, weight, dim in zip(PARTS, self.original, (0, 0, 1)):
                 name = part.removesuffix("_proj")
                 own = [self.live[block][name] * (scale if name == "down" else 1.0) for block, scale in blocks.items()]
-                getattr(self.frozen, part).weight.data = torch.cat([weight, *own], dim)
+                getattr(self.frozen, part).weight.data = torch.cat([weight, *(rows.to(weight.dtype) for rows in own)], dim)
 
     def unfold(self) -> None:
         for part, weight in zip(PARTS, self.original):

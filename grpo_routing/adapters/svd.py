@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedLinear, Adapter, wrap
+from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedLinear, Adapter, trainable, wrap
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ class Svd:
     def shared_axes(self) -> bool:
         return self.axes == "shared"
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the blocks' numbers are proportional to, before there is a model; a rank that `every` does not divide makes the
+        quarantine smaller."""
+        return {DEPLOYED: 1 if self.shared_axes else self.every - 1, QUARANTINE: 1}
+
+    @property
+    def alike(self) -> str:
+        """The setting that gives both blocks one size."""
+        return "adapter.every=2"
+
     def attach(self, model: nn.Module) -> Adapter:
         return wrap(model, self._make)
 
@@ -59,7 +70,7 @@ class Svd:
 
 class SvdLinear(AdaptedLinear):
     def __init__(self, base: nn.Linear, bases: dict[str, tuple[Tensor, Tensor]], shared: bool) -> None:
-        super().__init__(base, {block: {"dS": nn.Parameter(base.weight.new_zeros(len(vh)))} for block, (_, vh) in bases.items()})
+        super().__init__(base, {block: {"dS": trainable(torch.zeros(len(vh)), base.weight)} for block, (_, vh) in bases.items()})
         self.shared = shared
         for block, (u, vh) in bases.items():
             self.register_buffer(f"u_{block}", u.to(base.weight), persistent=False)  # [d_out, r]
@@ -75,7 +86,8 @@ class SvdLinear(AdaptedLinear):
     def _turn(self, x: Tensor, block: str, knobs: list[Tensor]) -> Tensor:
         u, vh = getattr(self, f"u_{block}"), getattr(self, f"vh_{block}")
         knob = reduce(torch.add, knobs)  # [r] or [b, r]; on shared axes both blocks are one product
-        return self.inner(block, x @ vh.T * knob.unsqueeze(-2)) @ u.T
+        # A knob is wide: in half precision its product is taken and summed over tokens in float32, as a kernel would at the same price.
+        return self.inner(block, (x @ vh.T * knob.unsqueeze(-2)).to(x.dtype)) @ u.T
 
     def coordinates(self, x: Tensor) -> Tensor:
         """The input in the deployed block's own coordinates, [b, T, r]; the adapter says `has_coordinates`."""
@@ -86,7 +98,8 @@ class SvdLinear(AdaptedLinear):
         return v
 
     def delta(self, block: str) -> Tensor:
-        return (getattr(self, f"u_{block}") * self.live[block]["dS"]) @ getattr(self, f"vh_{block}")
+        knob = self.live[block]["dS"]
+        return (getattr(self, f"u_{block}") * knob) @ getattr(self, f"vh_{block}").to(knob.dtype)
 
 
 def decompose(weight: Tensor, cache: Path) -> tuple[Tensor, Tensor]:

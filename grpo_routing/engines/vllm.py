@@ -4,10 +4,10 @@
     every rollout        a request of its own: SamplingParams(n=1, seed from its name, temperature, top_p=1, top_k=-1, logprobs=0)
     log-probs            of the model's own distribution, at temperature 1 (logprobs_mode=raw_logprobs)
 
-NEVER RUN: vLLM could not be installed where this was written. The calls are those of its offline API as its public sources have them
-(`LLM`, `SamplingParams`, `LLM.generate`, `LLM.apply_model`, `LLM.reset_prefix_cache`; version 0.10 and later). Tests put a stand-in in place of
-its own classes, and check the weights that it would be given, the requests, and the reading of its outputs. For the first real run the
-canary (canary.py) vouches.
+NEVER RUN: vLLM could not be installed where this was written. The calls are those of its offline API (`LLM`, `SamplingParams`,
+`LLM.generate`, `LLM.apply_model`, `LLM.reset_prefix_cache`; version 0.10 and later) as its sources have them. Tests put a stand-in in
+place of its own classes, and check the weights that it would be given, the requests, and the reading of its outputs. For the first real
+run the canary (canary.py) vouches.
 
 The model that vLLM builds is empty (load_format=dummy) from the config of the one that is trained, so organisms and prepared models are
 served like those of the hub. A rollout's seed is its own, but vLLM's kernels round by what shares the batch: runs are not reproducible

@@ -19,6 +19,7 @@ the pairs (hack and clean swapped at random within pairs) that tell the clusters
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -31,7 +32,6 @@ from grpo_routing.adapters.adapter import DEPLOYED, generator_for
 from grpo_routing.mask_sources.direction import completion_gradients
 from grpo_routing.mask_sources.pair_source import PairSource
 from grpo_routing.mask_sources.view import Memory, StepView
-from grpo_routing.parallel import ALONE, World
 from grpo_routing.policy import Policy
 from grpo_routing.types import TokenBatch
 
@@ -66,7 +66,7 @@ class Fingerprint(PairSource):
                 memory = memory | self.refitted(shared, view.step)
             memory = memory | fresh
         chosen = memory["layers"].tolist()
-        prints = fingerprints(view.grads.modules, chosen, self.sketch, self.seed, view.grads.world)
+        prints = fingerprints(view.grads.modules, chosen, self.sketch, self.seed, view.grads.everyones)
         lengths = view.tokens.completion_mask.sum(1).double().log()
         able = view.grads.norms() > 0
         if not bool(able.any()):
@@ -104,13 +104,14 @@ class Fingerprint(PairSource):
         return {"examples": prints.float(), "layers": torch.tensor(chosen)}
 
 
-def fingerprints(grads: dict[str, Tensor], layers: list[int], width: int, seed: int, world: World = ALONE) -> Tensor:
-    """[B, D] per module -> [B, width] of unit length; a zero gradient stays zero."""
+def fingerprints(grads: dict[str, Tensor], layers: list[int], width: int, seed: int,
+                 everyones: Callable[[str, Tensor], Tensor] = lambda at, rows: rows) -> Tensor:
+    """[B, D] per module -> [B, width] of unit length; a zero gradient stays zero. `everyones` as of RolloutGrads."""
     total = 0
     for name, rows in grads.items():
         if layer_of(name) in layers:
             total = total + rows @ signs(name, rows.shape[1], width, seed).to(rows)
-    return torch.nn.functional.normalize(world.sum("fingerprints", total), dim=1)
+    return torch.nn.functional.normalize(everyones("fingerprints", total), dim=1)
 
 
 @lru_cache(maxsize=512)

@@ -34,6 +34,10 @@ class Projection(ABC):
     blocks: tuple[str, ...] = (DEPLOYED,)  # whose gradients it needs
     stop_at = "output"
 
+    def heaviest(self, sizes: dict[str, int]) -> float:
+        """The largest weight that blocks of these sizes get because of them."""
+        return 1.0
+
     def scales(self, groups: int, seed: tuple) -> list[float]:
         """Forward scale of the quarantine for each group of the step."""
         return [1.0] * groups

@@ -75,12 +75,22 @@ class Route(Projection):
 
     def pressures(self, adapter: Adapter) -> tuple[float, float]:
         """kappa of (deployed, quarantine). Raises ValueError when a weight would exceed W_MAX."""
-        kappa_d, kappa_q = (adapter.pressure(block) if self.kappa == "sizes" else self.kappa for block in (DEPLOYED, QUARANTINE))
-        used = (kappa_d, kappa_q) if self.mode == "exclusive" else (kappa_q,)
-        if max(used) > W_MAX:
-            raise ValueError(f"projection.kappa=sizes gives a weight of {max(used):.1f}, more than {W_MAX:g}, for blocks of "
-                             f"{adapter.size(DEPLOYED)} and {adapter.size(QUARANTINE)} numbers; bring the sizes closer or set kappa")
-        return kappa_d, kappa_q
+        sizes = {block: adapter.size(block) for block in self.blocks}
+        if (largest := self.heaviest(sizes)) > W_MAX:
+            raise ValueError(f"projection.kappa=sizes gives a weight of {largest:.1f}, more than {W_MAX:g}, for blocks of "
+                             f"{sizes[DEPLOYED]} and {sizes[QUARANTINE]} numbers; bring the sizes closer or set kappa")
+        return self.kappas(sizes)
+
+    def kappas(self, sizes: dict[str, int]) -> tuple[float, ...]:
+        """By `sizes`: (all trainable numbers) / (the block's), the weight that lets a smaller block learn as fast (graft.md §1.3)."""
+        return tuple(sum(sizes.values()) / sizes[block] if self.kappa == "sizes" else self.kappa for block in self.blocks)
+
+    def heaviest(self, sizes: dict[str, int]) -> float:
+        """The largest kappa that is used; `custom` uses none. `sizes` need only be proportional to the blocks' numbers."""
+        if self.mode == "custom":
+            return 0.0
+        kappa_d, kappa_q = self.kappas(sizes)
+        return max(kappa_d, kappa_q) if self.mode == "exclusive" else kappa_q
 
     def table(self, adapter: Adapter, strength: float | Tensor) -> dict[str, tuple]:
         """clean, flagged -> weights on (deployed, quarantine), at lambda `strength` (a number, or [B])."""
