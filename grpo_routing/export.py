@@ -9,8 +9,9 @@
 Weights are folded by the adapter itself (`Adapter.merged`), as the deployed policy was sampled and evaluated, so an exported model has
 the bits that eval/as_deployed.json was measured with and one rounding per weight lies between it and its branches: none to speak of in
 float32, about 2^-9 of every weight in bfloat16. In PEFT's layout A and B are float32 whatever the base is, as PEFT keeps them. Exact
-beyond that rounding if the block is a change of weights: one behind a gate is refused, and so is a widened MLP in a model whose MLPs do not all have the width `intermediate_size` (no number in config.json could then be right). adapter=mlp adapts every
-gated MLP alike and branches through the MLP's own activation, so no layer needs padding.
+beyond that rounding if the block is a change of weights: one behind a gate is refused, and so is a widened MLP in a model whose MLPs do
+not all have the width `intermediate_size` (no number in config.json could then be right). adapter=mlp adapts every gated MLP alike and
+branches through the MLP's own activation, so no layer needs padding.
 
 A folder that is left has passed export_check.py: plain transformers read it, its tokens are the run's, its log-probabilities lie within the
 tolerance of its precision, and no name or number of the quarantine is in it. It is written under a hidden name and renamed at the end.
