@@ -410,7 +410,8 @@ def test_the_grader_runs_a_completion_once(box):
     assert ran(box, grade, [problem()] * 2, ["no code", "no code"]) == ([False, False], 0)
 
 
-def test_what_was_begun_while_others_were_sampled_is_not_run_again(box):
+def test_what_was_begun_while_others_were_sampled_is_not_run_again(box, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(box.workers + 1))
     grade, texts, before = grader(box), variants(4), len(box.codes)
     begin = begin_with(grade, [problem("sentinel"), problem()])
     begin([1, 1], texts[:2])
@@ -418,6 +419,8 @@ def test_what_was_begun_while_others_were_sampled_is_not_run_again(box):
     assert [one.passed for one in grade([problem()] * 4, texts)] == [True, False, True, False] and len(box.codes) - before == 4
     assert ran(box, grade, [problem("sentinel")], texts[:1]) == ([True], 1), "what was begun is the other problem's"
     assert begin_with(lambda problems, completions: [], [problem()]) is None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(box.workers))
+    assert begin_with(grade, [problem()]) is None, "no core is left"
 
 
 def test_an_error_in_the_background_is_heard_at_the_next_call():

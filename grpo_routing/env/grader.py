@@ -8,6 +8,7 @@ A submission's crash is a grade; a crash of the grader itself is our error and s
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -95,6 +96,8 @@ class Grader:
 
 def begin_with(grader: Callable, problems: list[Problem]) -> Callable[[list[int], list[str]], None] | None:
     """What to tell of completions, each of problems[place], that are ready while others are still sampled: the grader begins with them.
-    None where it cannot, as one whose work several processes share."""
-    begin = getattr(grader, "begin", None)
-    return begin and (lambda places, completions: begin([problems[place] for place in places], completions))
+    None where that gains nothing, because no core is left beside the sandbox's workers (docs/performance.md), and where it cannot, because
+    several processes share the grader's work."""
+    if not isinstance(grader, Grader) or len(os.sched_getaffinity(0)) <= grader.sandbox.workers:
+        return None
+    return lambda places, completions: grader.begin([problems[place] for place in places], completions)

@@ -136,6 +136,11 @@ class Sandbox:
             self._servers.pop().close()
 
     @property
+    def workers(self) -> int:
+        """How many submissions run at a time."""
+        return self._workers
+
+    @property
     def layers(self) -> dict:
         """What is active, for the record of a run."""
         with self._lock:
