@@ -254,6 +254,7 @@ def half_plan(config, folder, *words):
     return build.plan(config("model=qwen3_0_6b", f"model.path={folder}", "model.device=cpu", "model.dtype=bfloat16", *words))
 
 
+@pytest.mark.slow
 def test_a_prediction_counts_float32_numbers_and_moments(config, folder, monkeypatch):
     """Parameters and moments to the byte, the height of a step within a quarter, as in test_fit."""
     monkeypatch.setattr(grpo_routing.footprint, "FEW", 1)

@@ -83,7 +83,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize(("arm", "at"), [
-    ("route", 1), ("route", 3), pytest.param("route", 4, marks=pytest.mark.slow), ("graft_lookalike", 3), ("confession", 3)])
+    ("route", 1), pytest.param("route", 3, marks=pytest.mark.slow), pytest.param("route", 4, marks=pytest.mark.slow), ("graft_lookalike", 3), ("confession", 3)])
 def test_a_run_killed_without_notice_ends_as_if_uninterrupted(tmp_path, cache, uninterrupted, arm, at):
     process = launch(tmp_path, cache, arm)
     wait_for_step(tmp_path, at, process)
@@ -111,7 +111,7 @@ def test_the_resumed_confessing_run_had_something_to_lose(uninterrupted):
     assert any(value.any() for key, value in weights.items() if key.startswith("adapter/deployed/") and key.endswith("/B"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
 def test_a_signal_stops_at_a_step_boundary_with_a_checkpoint(tmp_path, cache, uninterrupted, number):
     process = launch(tmp_path, cache)
     wait_for_step(tmp_path, 1, process)
