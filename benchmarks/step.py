@@ -40,7 +40,8 @@ MODEL = {"model": "tiny_random", "model.hidden": 192, "model.layers": 4, "model.
          "model.intermediate": 512, "model.vocabulary": 1000, "model.tokenizer_examples": 1000}
 SIZE = {"trainer.prompts_per_step": 4, "trainer.group": 8, "trainer.max_new_tokens": 64, "adapter.rank": 8, "sandbox.workers": 2}
 PROMPT = 260  # tokens
-ARMS = {"vanilla": ("arm=vanilla", "trainer.audit_every=1"), "erase": ("arm=erase", "mask_source.refresh_every=1", "trainer.audit_every=32"),
+ARMS = {"vanilla": ("arm=vanilla", "trainer.audit_every=1"),
+        "erase": ("arm=erase", "mask_source.refresh_every=1", "trainer.audit_every=32"),
         "two blocks, no mask": ("arm=half_ablation", "optimizer=split_moment"),
         "routed by gradient scores": ("arm=route_gradient", "optimizer=split_moment", "mask_source.refresh_every=0")}
 QUOTED = {"grpo_proj2, erase": 12.4, "TRL 1.16, one subprocess per completion": 8.6}  # perf.md, another day, one thread

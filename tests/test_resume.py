@@ -83,7 +83,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize(("arm", "at"), [
-    ("route", 1), pytest.param("route", 3, marks=pytest.mark.slow), pytest.param("route", 4, marks=pytest.mark.slow), ("graft_lookalike", 3), ("confession", 3)])
+    ("route", 1), *(pytest.param("route", at, marks=pytest.mark.slow) for at in (3, 4)), ("graft_lookalike", 3), ("confession", 3)])
 def test_a_run_killed_without_notice_ends_as_if_uninterrupted(tmp_path, cache, uninterrupted, arm, at):
     process = launch(tmp_path, cache, arm)
     wait_for_step(tmp_path, at, process)
