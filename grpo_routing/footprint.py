@@ -21,7 +21,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_routing.adapters.adapter import Adapter, flat_gradient
+from grpo_routing.adapters.adapter import Adapter
+from grpo_routing.adapters.per_rollout import flat_gradient
 from grpo_routing.build import ConfigError, Plan
 from grpo_routing.decoder import DENSE, SMALL
 from grpo_routing.head import chosen_log_probs, chunk_rows

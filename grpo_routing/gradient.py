@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient
+from grpo_routing.adapters.adapter import DEPLOYED
+from grpo_routing.adapters.per_rollout import flat_gradient
 from grpo_routing.parallel import World
 from grpo_routing.policy import Policy
 from grpo_routing.types import Asked, Packed, RolloutGrads, RolloutSums, TokenBatch, weighted

@@ -15,17 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from grpo_routing.adapters.adapter import (
-    DEPLOYED,
-    QUARANTINE,
-    AdaptedLinear,
-    Adapter,
-    Parameters,
-    generator_for,
-    rollout_linear,
-    trainable,
-    wrap,
-)
+from grpo_routing.adapters.adapter import DEPLOYED, QUARANTINE, AdaptedLinear, Adapter, Parameters, generator_for, trainable, wrap
+from grpo_routing.adapters.per_rollout import rollout_linear
 
 
 @dataclass(frozen=True)

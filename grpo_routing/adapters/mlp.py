@@ -21,10 +21,10 @@ from grpo_routing.adapters.adapter import (
     Parameters,
     generator_for,
     is_expert,
-    rollout_linear,
     trainable,
     wrap,
 )
+from grpo_routing.adapters.per_rollout import rollout_linear
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 

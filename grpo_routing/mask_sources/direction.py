@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_routing.adapters.adapter import DEPLOYED, flat_gradient, generator_for
+from grpo_routing.adapters.adapter import DEPLOYED, generator_for
+from grpo_routing.adapters.per_rollout import flat_gradient
 from grpo_routing.mask_sources.pairs import Pair
 from grpo_routing.policy import Policy
 from grpo_routing.types import Basis, Packed, RolloutGrads, RolloutSums, Trusted
