@@ -1,8 +1,8 @@
 """Configs that older code froze: the settings that came since, at the value with which this code does what that code did.
 
-Finished runs are read with them (deployment, recovery, obfuscation), so that a new setting does not close the door on old results. A
-setting belongs here only while such a value exists; without one, planning refuses the config and says what is missing. Every new one
-goes into UNNAMED: at that value it is no part of a run's name either, so that a sweep finds the runs that it has.
+Finished runs are read with them (deployment, recovery, obfuscation) and unfinished ones go on, so that a new setting does not close the
+door on old results. A setting belongs here only while such a value exists; without one, planning refuses the config and says what is
+missing. Every new one goes into UNNAMED: at that value it is no part of a run's name either, so that a sweep finds the runs that it has.
 """
 
 from __future__ import annotations

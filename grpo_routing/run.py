@@ -32,6 +32,7 @@ from grpo_routing.files import Record, claimed, write_atomic, write_json
 from grpo_routing.folder import code_identity, flat, freeze, open_attempt, run_folder, status, write_status
 from grpo_routing.heartbeat import Heartbeat
 from grpo_routing.log import Progress
+from grpo_routing.older import completed
 from grpo_routing.oracle.audit import Audit
 from grpo_routing.oracle.summary import summary
 from grpo_routing.oracle.verdict import Oracle
@@ -61,7 +62,7 @@ def run(config: dict, folder: Path | None = None, patience: float | None = None)
     processes may run it together (parallel.py): the first has the folder, and all end as it does.
     """
     with started(os.environ) as world:
-        ready = plan(config)
+        ready = plan(completed(config))  # the folder's may be of older code; what is frozen and compared stays as it was said
         folder = folder or run_folder(config, ready)
         if world.size > 1:
             world.agree("the start", flat({"config": config, "code": code_identity(), "folder": str(folder.absolute())}))

@@ -6,11 +6,12 @@ from copy import deepcopy
 
 import pytest
 
-from grpo_routing import build
+from grpo_routing import build, worker
 from grpo_routing.arms import recipe
 from grpo_routing.finished import UnusableRun, ready_plan
-from grpo_routing.folder import identity
+from grpo_routing.folder import freeze, frozen, identity
 from grpo_routing.older import SINCE, UNNAMED, completed
+from grpo_routing.run import run
 
 ARMS = ("vanilla", "graft", "graft_lookalike", "penalty", "screening", "modification")
 
@@ -70,3 +71,22 @@ def test_what_has_no_such_value_is_still_refused(config, tmp_path):
     del old["mask_source"]["control"]
     with pytest.raises(UnusableRun, match="mask_source.control is missing"):
         ready_plan(old, tmp_path)
+
+
+def test_a_run_that_older_code_planned_is_run_by_this_code(config, tmp_path):
+    """A sweep goes on after an update: the folder keeps the config that it was planned with, and the run is the one of today's config."""
+    today = config("arm=vanilla", f"output={tmp_path / 'today'}")
+    folder = tmp_path / "planned"
+    freeze(folder, older(today))
+    assert worker.main([str(folder)]) == 0
+    assert frozen(folder) == older(today)
+    assert (run(today) / "metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
+
+
+def test_what_this_code_cannot_run_names_the_way_out(config, tmp_path, capsys):
+    old = config("arm=graft")
+    del old["mask_source"]["control"]
+    freeze(tmp_path, old)
+    assert worker.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "mask_source.control is missing" in said and "plan.json" in said
