@@ -23,7 +23,8 @@ COLUMN, ROW = 2.35, 1.7  # inches of a panel
 
 def draw(tracks: list[Track], file: Path) -> None:
     """Mean over seeds at the steps that were evaluated, as deployed, every seed a faint line; in grey vanilla and no_loophole. Rows with
-    less than half of the most seeds, such as variants that were tried once, are left to the table."""
+    less than half of the most seeds, such as variants that were tried once, are left to the table. A column per detector and a row per
+    rate; where no run has a detector, the rates side by side."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -32,32 +33,45 @@ def draw(tracks: list[Track], file: Path) -> None:
     detectors = sorted({track.detector for track in tracks if track.arm not in REFERENCES}, key=lambda name: (name == "", len(name)))
     arms = {detector: sorted({track.arm for track in tracks if track.detector == detector} - set(REFERENCES)) for detector in detectors}
     with_detector = sorted({arm for detector in detectors if detector for arm in arms[detector]})
+    flat = not with_detector
+    across, down = (len(RATES), 1) if flat else (len(detectors), len(RATES))
     with rc_context(STYLE):
         keys = max((len(own) for own in arms.values()), default=1) + len(REFERENCES)
-        figure = Figure(figsize=(COLUMN * len(detectors) + 0.7, ROW * len(RATES) + 0.9 + 0.15 * keys))
+        figure = Figure(figsize=(COLUMN * across + 0.7, ROW * down + 0.9 + 0.15 * (keys if not flat else -(-keys // across))))
         wide, high = figure.get_size_inches()
-        axes = figure.subplots(len(RATES), len(detectors), sharex=True, sharey=True, squeeze=False)
-        figure.subplots_adjust(left=0.6 / wide, right=1 - 0.1 / wide, top=1 - 0.3 / high, bottom=1 - (ROW * len(RATES) + 0.2) / high,
+        axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+        if flat:
+            axes = axes.T
+        figure.subplots_adjust(left=0.6 / wide, right=1 - 0.1 / wide, top=1 - 0.3 / high, bottom=1 - (ROW * down + 0.2) / high,
                                wspace=0.08, hspace=0.1)
         for column, detector in enumerate(detectors):
             names = with_detector if detector else arms[detector]
-            axes[0][column].set_title(f"detector: {detector}" if detector else "no detector", fontsize=9, loc="left")
             for row, rate in enumerate(RATES):
                 panel(axes[row][column], [track for track in tracks if track.detector == detector], names, rate)
                 references(axes[row][column], tracks, rate)
             axes[-1][column].set_xlabel("step")
+            if not flat:
+                axes[0][column].set_title(f"detector: {detector}" if detector else "no detector", fontsize=9, loc="left")
             if detector in ("", detectors[0]):
-                handles = [axes[0][column].plot([], [], color=COLOURS[at % 8], marker=MARKERS[at % 8], markersize=4, label=name)[0]
-                           for at, name in enumerate(names)]
-                if detector:
-                    handles += [axes[0][column].plot([], [], color=GREY, linestyle=dashes, label=name)[0]
-                                for name, dashes in REFERENCES.items()]
-                place = axes[-1][column].get_position()
-                figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(place.x0 - 0.01, place.y0 - 0.42 / high), frameon=False,
-                              fontsize=7.5, ncols=2 if detector else 1)
+                legend(axes[0 if flat else -1][column], names, flat or detector != "", across if flat else 2 if detector else 1)
         for row, said in enumerate(RATES.values()):
-            axes[row][0].set_ylabel(said)
+            if flat:
+                axes[row][0].set_title(said, fontsize=9, loc="left")
+                axes[row][0].set_xlabel("step")
+            else:
+                axes[row][0].set_ylabel(said)
         save(figure, file)
+
+
+def legend(axes: Axes, names: list[str], with_references: bool, columns: int) -> None:
+    """Below the panel, from its left edge on."""
+    handles = [axes.plot([], [], color=COLOURS[at % 8], marker=MARKERS[at % 8], markersize=4, label=name)[0]
+               for at, name in enumerate(names)]
+    if with_references:
+        handles += [axes.plot([], [], color=GREY, linestyle=dashes, label=name)[0] for name, dashes in REFERENCES.items()]
+    place = axes.get_position()
+    axes.figure.legend(handles=handles, loc="upper left", frameon=False, fontsize=7.5, ncols=columns,
+                       bbox_to_anchor=(place.x0 - 0.01, place.y0 - 0.42 / axes.figure.get_size_inches()[1]))
 
 
 def panel(axes: Axes, tracks: list[Track], names: list[str], rate: str) -> None:

@@ -7,9 +7,10 @@ seeds. Two columns say what a choice among those steps would deploy (baselines.m
                 one with the lowest monitored rate. Reads the environment's pay and the run's own detector, nothing else
     oracle      the same rule with the hack rate for the monitored one and the solve rate for pay
 
-Chosen on one half of the evaluation problems, reported on the other. Below, at the last step and paired by seed, what each row adds to
-vanilla and to routing with the same flags: mean and 95 % t-interval over seeds. `--csv FILE` writes one line per run and step;
-`--figure FILE` draws the steps (baseline_figure.py).
+Chosen on one half of the evaluation problems, reported on the other. Below, paired by seed, mean and 95 % t-interval over seeds: what each
+row adds at the last step to vanilla and to routing with the same flags, and whether it lasts, which is the last step minus the first one
+evaluated. A run that collapsed counts at every later step as it stood. The detector has a column where any run has one.
+`--csv FILE` writes one line per run and step; `--figure FILE` draws the steps (baseline_figure.py).
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ PICKS: dict[str, Callable[[Track], Point]] = {
 def track_of(run: Run, label: str, folder: Path) -> Track:
     """`label` is that of the run's arm in the report; which detector the run has stands in a column of its own. Raises ReportError where
     an evaluation holds no rows that can be read."""
-    source, loophole = run.config["mask_source"], run.config["loophole"]
+    source, loophole, last = run.config["mask_source"], run.config["loophole"], run.config["trainer"]["steps"]
     seen = {f"{mode} {form}" for mode in loophole["known"] for form in source.get("forms", FORMS)}
-    states = {0: BASE} | {int(file.stem.split("-")[1]): file.stem for file in sorted((folder / "eval").glob("step-*-as_deployed.json"))}
+    every = run.config["evaluation"]["every"] or last
+    states = dict.fromkeys(range(every, last + 1, every), DEPLOYED) | {last: DEPLOYED}  # after a collapse the policy stays as it stood
+    states |= {int(file.stem.split("-")[1]): file.stem for file in (folder / "eval").glob("step-*-as_deployed.json")}
     points = []
-    for step, state in sorted((states | {run.config["trainer"]["steps"]: DEPLOYED}).items()):
+    for step, state in sorted((states | {0: BASE}).items()):
         rows = read_json(folder / "eval" / f"{state}.json")["rows"]
         if any("levers" not in row for row in rows):
             raise ReportError(f"expected the levers of every sample in {folder}/eval/{state}.json; an older version wrote it. Run it again")
@@ -96,8 +99,13 @@ def tracks_of(experiment: Path, runs: Sequence[Run]) -> list[Track]:
 
 
 def whole(tracks: list[Track]) -> list[str]:
-    """Both tables, as markdown lines."""
-    return [*page(tracks), "", *differences(tracks)]
+    """All tables, as markdown lines."""
+    return [*page(tracks), "", *differences(tracks), *lasting(tracks)]
+
+
+def over_steps(tracks: list[Track]) -> list[str]:
+    """What every row does at which step, and whether it lasts."""
+    return [*page(tracks), *lasting(tracks)]
 
 
 def detector_of(source: dict) -> str:
@@ -131,31 +139,64 @@ def by_row(tracks: list[Track]) -> list[tuple[tuple[str, str], list[Track]]]:
     return sorted(rows.items(), key=lambda item: (item[0][1] != "", *item[0]))
 
 
+def steps_of(tracks: list[Track]) -> list[int]:
+    return sorted({point.step for track in tracks for point in track.points} - {0})
+
+
 def page(tracks: list[Track]) -> list[str]:
     """Markdown lines."""
-    steps = sorted({point.step for track in tracks for point in track.points} - {0})
-    names = [f"step {step}" for step in steps]
-    lines = [f"| arm, as deployed | detector | {' | '.join([*names, *PICKS])} |", "|---|---|" + "---|" * (len(steps) + len(PICKS))]
-    lines.append(f"| *untrained base* | | {cell([tracks[0].points[0].rates['all']], False)} |" + " |" * (len(steps) + len(PICKS) - 1))
+    steps = steps_of(tracks)
+    lines = head(tracks, "arm, as deployed", [*(f"step {step}" for step in steps), *PICKS])
+    base = cell([tracks[0].points[0].rates["all"]], False)
+    lines.append(f"| *untrained base* |{' |' * told(tracks)} {base} |" + " |" * (len(steps) + len(PICKS) - 1))
     for (arm, detector), own in by_row(tracks):
         texts = [cell([point.rates["all"] for track in own if (point := track.at(step))], len(own) > 1) for step in steps]
         texts += [cell([rule(track).rates["report"] for track in own], len(own) > 1) for rule in PICKS.values()]
         many = f" <sub>n={len(own)}</sub>" if len(own) != 5 else ""
-        lines.append(f"| `{arm}`{many} | {detector} | {' | '.join(texts)} |")
+        lines.append(line([f"`{arm}`{many}", *[detector] * told(tracks), *texts]))
     return lines
+
+
+def told(tracks: list[Track]) -> bool:
+    """Whether any run has a detector, so that the tables have a column for it."""
+    return any(track.detector for track in tracks)
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def head(tracks: list[Track], first: str, columns: list[str]) -> list[str]:
+    """The two lines that a table begins with."""
+    names = [first, *["detector"] * told(tracks), *columns]
+    return [line(names), "|" + "---|" * len(names)]
 
 
 def differences(tracks: list[Track]) -> list[str]:
     """Markdown lines: every row minus vanilla, and minus routing by the same detector, as deployed after the last step."""
     rows = by_row(tracks)
-    lines = ["| arm, after the last step | detector | minus vanilla: known | held-out | solve | minus routing: known | held-out | solve |",
-             "|---|---|" + "---|" * 6]
+    found, routed = dict(rows), told(tracks)
+    lines = head(tracks, "arm, after the last step", ["minus vanilla: known", "held-out", "solve",
+                                                      *["minus routing: known", "held-out", "solve"] * routed])
     for (arm, detector), own in rows:
-        found = dict(rows)
-        others = (found.get(("vanilla", "")), found.get((ROUTED, detector)) if detector else None)
+        others = (found.get(("vanilla", "")), *[found.get((ROUTED, detector)) if detector else None] * routed)
         if own not in others[:1]:
             texts = [difference(paired(own, other, rate)) if other and own is not other else "–" for other in others for rate in SHOWN]
-            lines.append(f"| `{arm}` | {detector} | {' | '.join(texts)} |")
+            lines.append(line([f"`{arm}`", *[detector] * routed, *texts]))
+    return lines
+
+
+def lasting(tracks: list[Track]) -> list[str]:
+    """Markdown lines, an empty one first: every row after the last step minus itself at the first that was evaluated. None where these
+    are the same."""
+    first, last = min(steps_of(tracks)), max(steps_of(tracks))
+    if first == last:
+        return []
+    lines = ["", *head(tracks, f"arm, step {last} minus step {first}", ["known", "held-out", "solve"])]
+    for (arm, detector), own in by_row(tracks):
+        both = [(early.rates["all"], track.points[-1].rates["all"]) for track in own if (early := track.at(first))]
+        lines.append(line([f"`{arm}`", *[detector] * told(tracks),
+                           *(difference([late[rate] - early[rate] for early, late in both]) for rate in SHOWN)]))
     return lines
 
 

@@ -10,9 +10,9 @@ A block stands between two comments, and everything between them is replaced:
 
 `rates` is the report's table, `summary` the columns of it that a README wants, `differences` that of compare, `verdicts` the judged
 hypotheses, `ablation` and `ablation_verdicts` these two without asking for controls, `sensitivity` what so many seeds find; `folds`,
-`sources`, `masks` and `baselines` are the pages of by_fold.py, by_source.py, diagnosis.py and by_baseline.py; `recall` and `evasion` those
-of by_recall.py and obfuscation.py, from CSV that they wrote: the runs of one are older than archives, the other reads what an archive
-does not keep.
+`sources`, `masks` and `baselines` are the pages of by_fold.py, by_source.py, diagnosis.py and by_baseline.py, `steps` the latter without
+what each row adds to vanilla; `recall` and `evasion` are those of by_recall.py and obfuscation.py, from CSV that they wrote: the runs of
+one are older than archives, the other reads what an archive does not keep.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
     "folds": lambda file: by_fold.page(runs_of(file)),
     "masks": lambda file: diagnosis.page(diagnosis.qualities(unpacked(file), runs_of(file))),
     "baselines": lambda file: by_baseline.whole(by_baseline.tracks_of(unpacked(file), runs_of(file))),
+    "steps": lambda file: by_baseline.over_steps(by_baseline.tracks_of(unpacked(file), runs_of(file))),
     "recall": lambda file: by_recall.page(by_recall.read_table(file)),
     "evasion": lambda file: obfuscation.page(obfuscation.read_table(file, runs_of(file.with_name("archive.parquet"))))}
 

@@ -26,8 +26,8 @@ def main(argv: list[str]) -> int:
     try:
         run(frozen(folder), folder, PATIENCE)
     except ConfigError as error:
-        print(f"config refused:\n{error}\nIf older code froze it, finish the sweep with that code: plan.json two folders up names its commit",
-              file=sys.stderr)
+        print(f"config refused:\n{error}\nIf older code froze it, finish the sweep with that code; plan.json two folders up names its "
+              "commit", file=sys.stderr)
         return 2
     except Held as error:
         print(error, file=sys.stderr)

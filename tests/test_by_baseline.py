@@ -6,9 +6,12 @@ import csv
 import json
 
 import pytest
+from matplotlib.image import imread
 
 from grpo_routing import by_baseline
-from grpo_routing.by_baseline import PICKS, Point, Track, detector_of, differences, paired, rates
+from grpo_routing.baseline_figure import draw
+from grpo_routing.by_baseline import PICKS, Point, Track, detector_of, differences, lasting, page, paired, rates
+from grpo_routing.results import read_runs
 from grpo_routing.run import run
 
 KNOWN_ONE = {"known": ["sentinel"], "held_out": ["file_marker"]}
@@ -75,6 +78,47 @@ def test_differences_are_paired_by_seed():
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| `penalty`", "| `sourced-detector`"]
     assert lines[2].split(" | ")[2:] == ["-0.50 (n=1)"] * 3 + ["+0.10 (n=1)"] * 2 + ["+0.10 (n=1) |"]
     assert lines[3].split(" | ")[2:5] == ["-0.50 [-1.77, +0.77]"] * 3
+
+
+def over(arm: str, seed: int, *held_out: float, detector: str = "") -> Track:
+    """A run whose held-out hack was so at steps 0, 60, 120, …"""
+    rates = [dict.fromkeys(("hack_known", "solve", "passed", "monitored", "hack"), 0.5) | {"hack_held_out": rate} for rate in held_out]
+    return Track(arm, detector, seed, tuple(Point(60 * at, dict.fromkeys(("all", "choose", "report"), one))
+                                            for at, one in enumerate(rates)), "run", "code")
+
+
+def test_what_lasts_is_the_last_step_minus_the_first_of_the_same_seed():
+    tracks = [over("erase", 0, 0.1, 0.2, 0.9, 0.5), over("erase", 1, 0.1, 0.4, 0.9, 0.7)]
+    assert lasting(tracks) == ["", "| arm, step 180 minus step 60 | known | held-out | solve |", "|---|---|---|---|",
+                               "| `erase` | +0.00 [+0.00, +0.00] | +0.30 [+0.30, +0.30] | +0.00 [+0.00, +0.00] |"]
+    assert lasting([over("erase", 0, 0.1, 0.2)]) == []
+
+
+def test_without_any_detector_nothing_has_a_column_for_it(tmp_path):
+    plain = [over("vanilla", 0, 0.1, 0.9), over("erase", 0, 0.1, 0.3)]
+    assert page(plain)[0] == "| arm, as deployed | step 60 | developer's pick | oracle's pick |"
+    assert differences(plain) == ["| arm, after the last step | minus vanilla: known | held-out | solve |", "|---|---|---|---|",
+                                  "| `erase` | +0.00 (n=1) | -0.60 (n=1) | +0.00 (n=1) |"]
+    for table in (page, differences):
+        widths = {line.count("|") for line in table(plain)}
+        assert len(widths) == 1 and widths != {line.count("|") for line in table([*plain, over("penalty", 0, 0.1, 0.2, detector="whole")])}
+    draw(plain, tmp_path / "steps")
+    wide, high = imread(tmp_path / "steps.png").shape[1::-1]
+    assert wide > 2 * high  # the rates stand side by side
+
+
+def test_a_run_that_collapsed_stays_as_it_stood(config, tmp_path):
+    """It is not evaluated after its collapse: a mean over those that are would be over the runs that held."""
+    words = ("loophole=held_out", f"output={tmp_path}", "experiment_name=e", "evaluation.every=1", "trainer.steps=4", "arm=vanilla")
+    folder = run(config(*words))
+    end = json.loads((folder / "eval" / "as_deployed.json").read_text())
+    for one in end["rows"]:
+        one["solved"] = True
+    (folder / "eval" / "as_deployed.json").write_text(json.dumps(end))
+    for step in (2, 3):
+        (folder / "eval" / f"step-{step:06d}-as_deployed.json").unlink()
+    (only,) = by_baseline.tracks_of(tmp_path / "e", read_runs(tmp_path / "e"))
+    assert [(point.step, point.rates["all"]["solve"]) for point in only.points] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1)]
 
 
 def test_a_folder_becomes_a_table_and_lines(config, tmp_path, capsys):
