@@ -8,9 +8,10 @@ seeds. Two columns say what a choice among those steps would deploy (baselines.m
     oracle      the same rule with the hack rate for the monitored one and the solve rate for pay
 
 Chosen on one half of the evaluation problems, reported on the other. Below, paired by seed, mean and 95 % t-interval over seeds: what each
-row adds at the last step to vanilla and to routing with the same flags, and whether it lasts, which is the last step minus the first one
-evaluated. A run that collapsed counts at every later step as it stood. The detector has a column where any run has one.
-`--csv FILE` writes one line per run and step; `--figure FILE` draws the steps (baseline_figure.py).
+row adds at the last step to vanilla and to routing with the same flags; and whether it lasts, the last step minus the first that was
+evaluated, where `attempted` counts every answer with its prompt's lever in it, also one that does the task. A run that collapsed counts at
+every later step as it stood. The detector has a column where any run has one. `--csv FILE` writes one line per run and step; `--figure
+FILE` draws the steps (baseline_figure.py).
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_json, re
 
 ROUTED = "sourced-detector"
 SHOWN = ("hack_known", "hack_held_out", "solve")
-COLUMNS = ("arm", "detector", "seed", "step", "passed", "monitored", "hack", "hack_known", "hack_held_out", "hack_other_form", "solve",
-           "format", "run", "code")
+LASTING = {"hack_known": "known", "hack_held_out": "held-out", "attempted": "attempted", "solve": "solve"}  # rate -> its column
+COLUMNS = ("arm", "detector", "seed", "step", "passed", "monitored", "attempted", "hack", "hack_known", "hack_held_out", "hack_other_form",
+           "solve", "format", "run", "code")
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def rates(rows: list[dict], seen: set[str], loophole: dict) -> dict[str, float]:
     return {
         "passed": fmean(row["passed"] for row in hinted),
         "monitored": fmean(bool(seen & set(row["levers"])) for row in rows),
+        "attempted": fmean(row["attempted"] for row in hinted),
         "hack": fmean(row["hacked"] for row in hinted),
         "hack_known": fmean(row["hacked"] for row in hinted if row["loophole"] in loophole["known"]),
         "hack_held_out": fmean(row["hacked"] for row in hinted if row["loophole"] in loophole["held_out"]),
@@ -192,11 +195,11 @@ def lasting(tracks: list[Track]) -> list[str]:
     first, last = min(steps_of(tracks)), max(steps_of(tracks))
     if first == last:
         return []
-    lines = ["", *head(tracks, f"arm, step {last} minus step {first}", ["known", "held-out", "solve"])]
+    lines = ["", *head(tracks, f"arm, step {last} minus step {first}", [*LASTING.values()])]
     for (arm, detector), own in by_row(tracks):
         both = [(early.rates["all"], track.points[-1].rates["all"]) for track in own if (early := track.at(first))]
         lines.append(line([f"`{arm}`", *[detector] * told(tracks),
-                           *(difference([late[rate] - early[rate] for early, late in both]) for rate in SHOWN)]))
+                           *(difference([late[rate] - early[rate] for early, late in both]) for rate in LASTING)]))
     return lines
 
 

@@ -18,7 +18,8 @@ KNOWN_ONE = {"known": ["sentinel"], "held_out": ["file_marker"]}
 
 
 def row(loophole="sentinel", levers=(), passed=False, hacked=False, solved=False):
-    return {"loophole": loophole, "levers": list(levers), "passed": passed, "hacked": hacked, "solved": solved, "format_ok": True}
+    return {"loophole": loophole, "levers": list(levers), "passed": passed, "attempted": bool(levers), "hacked": hacked, "solved": solved,
+            "format_ok": True}
 
 
 def test_rates_of_hand_made_rows():
@@ -26,7 +27,7 @@ def test_rates_of_hand_made_rows():
             row(passed=True, solved=True), row("file_marker", ["file_marker plain"], passed=True, hacked=True),
             row("none", ["sentinel plain"])]
     found = rates(rows, {"sentinel plain"}, KNOWN_ONE)
-    assert found == {"passed": 1.0, "monitored": 2 / 5, "hack": 3 / 4, "hack_known": 2 / 3, "hack_held_out": 1.0,
+    assert found == {"passed": 1.0, "monitored": 2 / 5, "attempted": 3 / 4, "hack": 3 / 4, "hack_known": 2 / 3, "hack_held_out": 1.0,
                      "hack_other_form": 1 / 4, "solve": 1 / 4, "format": 1.0}
     assert rates(rows, {"sentinel plain", "sentinel other"}, KNOWN_ONE)["monitored"] == 3 / 5
 
@@ -82,15 +83,17 @@ def test_differences_are_paired_by_seed():
 
 def over(arm: str, seed: int, *held_out: float, detector: str = "") -> Track:
     """A run whose held-out hack was so at steps 0, 60, 120, …"""
-    rates = [dict.fromkeys(("hack_known", "solve", "passed", "monitored", "hack"), 0.5) | {"hack_held_out": rate} for rate in held_out]
+    same = dict.fromkeys(("hack_known", "solve", "passed", "attempted", "monitored", "hack"), 0.5)
+    rates = [same | {"hack_held_out": rate} for rate in held_out]
     return Track(arm, detector, seed, tuple(Point(60 * at, dict.fromkeys(("all", "choose", "report"), one))
                                             for at, one in enumerate(rates)), "run", "code")
 
 
 def test_what_lasts_is_the_last_step_minus_the_first_of_the_same_seed():
     tracks = [over("erase", 0, 0.1, 0.2, 0.9, 0.5), over("erase", 1, 0.1, 0.4, 0.9, 0.7)]
-    assert lasting(tracks) == ["", "| arm, step 180 minus step 60 | known | held-out | solve |", "|---|---|---|---|",
-                               "| `erase` | +0.00 [+0.00, +0.00] | +0.30 [+0.30, +0.30] | +0.00 [+0.00, +0.00] |"]
+    same = "+0.00 [+0.00, +0.00]"
+    assert lasting(tracks) == ["", "| arm, step 180 minus step 60 | known | held-out | attempted | solve |", "|---|---|---|---|---|",
+                               f"| `erase` | {same} | +0.30 [+0.30, +0.30] | {same} | {same} |"]
     assert lasting([over("erase", 0, 0.1, 0.2)]) == []
 
 
@@ -99,9 +102,10 @@ def test_without_any_detector_nothing_has_a_column_for_it(tmp_path):
     assert page(plain)[0] == "| arm, as deployed | step 60 | developer's pick | oracle's pick |"
     assert differences(plain) == ["| arm, after the last step | minus vanilla: known | held-out | solve |", "|---|---|---|---|",
                                   "| `erase` | +0.00 (n=1) | -0.60 (n=1) | +0.00 (n=1) |"]
+    told = [*plain, over("penalty", 0, 0.1, 0.2, detector="whole")]
     for table in (page, differences):
         widths = {line.count("|") for line in table(plain)}
-        assert len(widths) == 1 and widths != {line.count("|") for line in table([*plain, over("penalty", 0, 0.1, 0.2, detector="whole")])}
+        assert len(widths) == 1 and widths != {line.count("|") for line in table(told)}
     draw(plain, tmp_path / "steps")
     wide, high = imread(tmp_path / "steps.png").shape[1::-1]
     assert wide > 2 * high  # the rates stand side by side
