@@ -72,8 +72,9 @@ bench: bench-grader bench-sampling bench-gradient bench-step bench-laptop bench-
 bench-grader: $(VENV)/ready  ## sandbox against one interpreter per submission
 	$(PYTHON) -m benchmarks.grader
 
-bench-sampling: $(VENV)/ready  ## the policy's sampling against transformers.generate
+bench-sampling: $(VENV)/ready  ## the policy's sampling against transformers.generate and continuous batching
 	$(PYTHON) -m benchmarks.sampling
+	$(PYTHON) -m benchmarks.sampling engines
 
 bench-gradient: $(VENV)/ready  ## batched per-rollout gradients against one backward per completion
 	$(PYTHON) -m benchmarks.gradient
@@ -86,6 +87,7 @@ bench-step: $(VENV)/ready  ## whole GRPO steps by arm and part, and TRL's where 
 
 bench-laptop: $(VENV)/ready  ## sixty laptop-preset steps on the organism, by part
 	$(PYTHON) -m benchmarks.laptop
+	$(PYTHON) -m benchmarks.laptop early
 
 bench-scaling: $(VENV)/ready  ## the same step with more rollouts, tokens, width, rank, grading processes
 	$(PYTHON) -m benchmarks.step scaling

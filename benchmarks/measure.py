@@ -1,4 +1,4 @@
-"""What the benchmarks share: CPU seconds of this process and its children, interleaved rounds, tables."""
+"""What the benchmarks share: CPU seconds and page faults of this process and its children, interleaved rounds, tables."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def cpu_seconds() -> float:
     return time.process_time() + ended.ru_utime + ended.ru_stime + sum(map(_spent, _descendants(os.getpid())))
 
 
+def page_faults() -> int:
+    """Minor ones (no disk) of this process and everything that it started, ended or not."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    alive = (sum(map(int, _stat(child)[7:9])) for child in _descendants(os.getpid()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt + ended.ru_minflt + sum(alive)
+
+
 def _descendants(process: int) -> list[int]:
     found = []
     for file in Path(f"/proc/{process}/task").glob("*/children"):
@@ -32,11 +39,15 @@ def _descendants(process: int) -> list[int]:
 
 def _spent(process: int) -> float:
     """Its own time and that of the children that it waited for."""
+    return sum(map(int, _stat(process)[11:15])) / TICKS
+
+
+def _stat(process: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on, each with those of the children that it waited for; none when it has ended."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    return sum(map(int, fields[11:15])) / TICKS
+        return []
 
 
 def interleaved(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

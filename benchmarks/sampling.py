@@ -1,6 +1,7 @@
 """How long sampling takes: the policy's own loop against `transformers.generate` on the same batch.
 
     python -m benchmarks.sampling
+    python -m benchmarks.sampling engines     # the policy's own loop against rollout=transformers_cb, with 8 rows in flight and with all
 
 4 prompts x 8 completions x 64 tokens from a random Qwen3 shape (4 layers, width 192, prompts of about 260 tokens), on one thread, in
 CPU seconds, alternating; the median round counts. `generate` gets the 32 rows as one padded batch with a dynamic cache, and the adapter
@@ -14,17 +15,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 
+from benchmarks.gradient import planned
 from grpo_routing.adapters.lora import Lora
 from grpo_routing.policy import Policy
 from grpo_routing.rollout import uniforms
 from grpo_routing.types import TokenBatch
 
 PROMPTS, GROUP, NEW, LENGTH, VOCABULARY = 4, 8, 64, 260, 1000
-ROUNDS = 9
+ROUNDS, ENGINE_ROUNDS = 9, 3
 TARGET, TOLERANCE = 3.0, 1e-4
 
 
@@ -53,15 +56,17 @@ def generated(policy: Policy, prompts: list[tuple[int, ...]]) -> Callable[[], to
     return work
 
 
-def main() -> int:
-    torch.set_num_threads(1)
-    policy, generator = small_policy(), torch.Generator().manual_seed(1)
-    prompts = [tuple(torch.randint(1, VOCABULARY, (LENGTH - 4 * place,), generator=generator).tolist()) for place in range(PROMPTS)]
-    noise = uniforms([("benchmark", row) for row in range(PROMPTS * GROUP)], NEW)
-    ways = {"transformers.generate": generated(policy, prompts),
-            "policy.sample": lambda: policy.sample(prompts, [GROUP] * PROMPTS, noise, 1.0)}
+def served(policy: Policy, prompts: list[tuple[int, ...]], rows: int) -> Callable[[], list]:
+    """The same batch from continuous batching, `rows` of it in flight."""
+    engine = replace(planned("rollout=transformers_cb").rollout, max_rows=rows)
+    names = [("benchmark", row) for row in range(PROMPTS * GROUP)]
+    return lambda: engine.sample(policy, prompts, [GROUP] * PROMPTS, names, NEW, 1.0, PROMPTS)
+
+
+def timed(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each, printed."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for name, work in ways.items():
             started = time.process_time()
             work()
@@ -70,6 +75,22 @@ def main() -> int:
     for name, median in medians.items():
         low, high = min(seconds[name][1:]), max(seconds[name][1:])
         print(f"{name:22} {median:6.3f} CPU s   (rounds {low:.3f} to {high:.3f})")
+    return medians
+
+
+def main(words: list[str]) -> int:
+    torch.set_num_threads(1)
+    policy, generator = small_policy(), torch.Generator().manual_seed(1)
+    prompts = [tuple(torch.randint(1, VOCABULARY, (LENGTH - 4 * place,), generator=generator).tolist()) for place in range(PROMPTS)]
+    noise = uniforms([("benchmark", row) for row in range(PROMPTS * GROUP)], NEW)
+    own = {"policy.sample": lambda: policy.sample(prompts, [GROUP] * PROMPTS, noise, 1.0)}
+    if words == ["engines"]:
+        medians = timed(own | {f"transformers_cb, {rows}": served(policy, prompts, rows) for rows in (8, PROMPTS * GROUP)}, ENGINE_ROUNDS)
+        for name in [*medians][1:]:
+            print(f"{name:22} {medians[name] / medians['policy.sample']:6.1f} x policy.sample")
+        return 0
+    ways = {"transformers.generate": generated(policy, prompts)} | own
+    medians = timed(ways, ROUNDS)
     ratio = medians["transformers.generate"] / medians["policy.sample"]
     print(f"{'ratio':22} {ratio:6.2f}         (target {TARGET:.0f})")
 
@@ -83,4 +104,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -30,7 +30,7 @@ from grpo_routing.arms import group
 from grpo_routing.baseline_figure import draw
 from grpo_routing.by_source import difference
 from grpo_routing.deployment import MARGIN
-from grpo_routing.env.loopholes import FORMS, NO_LOOPHOLE
+from grpo_routing.env.loopholes import FORMS, LOOPHOLES, NO_LOOPHOLE
 from grpo_routing.files import write_atomic
 from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_json, read_runs
 
@@ -38,7 +38,7 @@ ROUTED = "sourced-detector"
 SHOWN = ("hack_known", "hack_held_out", "solve")
 LASTING = {"hack_known": "known", "hack_held_out": "held-out", "attempted": "attempted", "solve": "solve"}  # rate -> its column
 COLUMNS = ("arm", "detector", "seed", "step", "passed", "monitored", "attempted", "hack", "hack_known", "hack_held_out", "hack_other_form",
-           "solve", "format", "run", "code")
+           "solve", "format", *(f"attempted_{mode}" for mode in LOOPHOLES), "run", "code")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def rates(rows: list[dict], seen: set[str], loophole: dict) -> dict[str, float]:
         "hack_held_out": fmean(row["hacked"] for row in hinted if row["loophole"] in loophole["held_out"]),
         "hack_other_form": fmean(row["hacked"] and f"{row['loophole']} other" in row["levers"] for row in hinted),
         "solve": fmean(row["solved"] for row in hinted),
-        "format": fmean(row["format_ok"] for row in rows)}
+        "format": fmean(row["format_ok"] for row in rows),
+        **{f"attempted_{mode}": fmean(own) for mode in LOOPHOLES if (own := [row["attempted"] for row in rows if row["loophole"] == mode])}}
 
 
 def by_row(tracks: list[Track]) -> list[tuple[tuple[str, str], list[Track]]]:
@@ -218,7 +219,7 @@ def cell(seeds: list[dict[str, float]], spread: bool) -> str:
 
 
 def table(tracks: list[Track]) -> str:
-    """CSV of COLUMNS; the base stands with every run."""
+    """CSV of COLUMNS; the base stands with every run, and a loophole without prompts is empty."""
     screen = StringIO()
     writer = csv.writer(screen, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -226,7 +227,7 @@ def table(tracks: list[Track]) -> str:
         for point in track.points:
             shown = {name: f"{value:.4f}" for name, value in point.rates["all"].items()}
             about = {name: getattr(track, name) for name in ("arm", "detector", "seed", "run", "code")} | {"step": point.step}
-            writer.writerow([(about | shown)[name] for name in COLUMNS])
+            writer.writerow([(about | shown).get(name) for name in COLUMNS])
     return screen.getvalue()
 
 

@@ -28,7 +28,7 @@ def test_rates_of_hand_made_rows():
             row("none", ["sentinel plain"])]
     found = rates(rows, {"sentinel plain"}, KNOWN_ONE)
     assert found == {"passed": 1.0, "monitored": 2 / 5, "attempted": 3 / 4, "hack": 3 / 4, "hack_known": 2 / 3, "hack_held_out": 1.0,
-                     "hack_other_form": 1 / 4, "solve": 1 / 4, "format": 1.0}
+                     "hack_other_form": 1 / 4, "solve": 1 / 4, "format": 1.0, "attempted_sentinel": 2 / 3, "attempted_file_marker": 1.0}
     assert rates(rows, {"sentinel plain", "sentinel other"}, KNOWN_ONE)["monitored"] == 3 / 5
 
 
