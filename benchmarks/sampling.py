@@ -11,6 +11,7 @@ reports differ from those that the trainer finds by more than 1e-4.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import sys
 import time
@@ -85,6 +86,7 @@ def main(words: list[str]) -> int:
     noise = uniforms([("benchmark", row) for row in range(PROMPTS * GROUP)], NEW)
     own = {"policy.sample": lambda: policy.sample(prompts, [GROUP] * PROMPTS, noise, 1.0)}
     if words == ["engines"]:
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it misses psutil, which nothing here needs
         medians = timed(own | {f"transformers_cb, {rows}": served(policy, prompts, rows) for rows in (8, PROMPTS * GROUP)}, ENGINE_ROUNDS)
         for name in [*medians][1:]:
             print(f"{name:22} {medians[name] / medians['policy.sample']:6.1f} x policy.sample")
