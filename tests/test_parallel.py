@@ -269,7 +269,9 @@ def test_a_sweep_is_not_started_by_several_processes(monkeypatch, capsys):
     assert refused.value.code == 2 and "expected one run in several processes; got a sweep (-m)" in capsys.readouterr().err
 
 
-def test_the_batch_script_asks_for_the_gpus_of_one_task_and_says_how_many_processes(tmp_path):
+def test_the_batch_script_asks_for_the_gpus_of_one_task_and_says_how_many_processes(tmp_path, monkeypatch):
+    (tmp_path / "srun").touch(0o755)  # submitit writes a batch script only where it finds one; none is started here
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     code = {"folder": str(ROOT), "python": sys.executable, "cwd": str(tmp_path)}
     for resources, gpus, count in (({"gpus": 2}, "2", "2"), ({"gpus": 0, "gres": "gpu:a100:4"}, None, "4"), ({"gpus": 0}, None, "1"),
                                    ({"gpus": 0, "gres": "gpu:2"}, None, "2"), ({"gpus": 0, "gres": "gpu:a100"}, None, "1"),
