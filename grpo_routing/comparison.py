@@ -20,7 +20,8 @@ from grpo_routing.env.loopholes import NO_LOOPHOLE
 from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_json
 
 VANILLA, CONTROL = "vanilla", "control"  # kinds of what an arm stands against; the third is BASE
-RATES = ("hack", "hack_known", "hack_held_out", "solve")
+RATES = ("hack", "hack_known", "hack_held_out", "solve")  # in every table; a claim may be about any of `rates_of`
+VERDICTS = {"hack": "hacked", "attempted": "attempted", "solve": "solved"}  # first word of a rate -> what it counts in an evaluated row
 ROLES = ("method", "imitation")  # roles of arms that are compared
 # Settings that two arms must share; whatever else differs is what is compared
 SHARED = ("model.", "dataset.", "loophole.", "reward.", "evaluation.", "adapter.name", "trainer.steps", "trainer.group")
@@ -87,21 +88,24 @@ class Experiment:
         if odd := [run.name for run, own in zip((*arm.runs, *(versus or arm).runs), (*firsts, *seconds)) if sorted(own) != problems]:
             raise Refused([f"expected the same evaluation problems in all runs of {arm.label} and what it stands against; {', '.join(odd)} "
                            f"answered others than {arm.runs[0].name}. Run them again with the same evaluation.* and loophole"])
-        sides = [{rate: np.array([[own[problem][column] for problem in kept] for own in answers])
-                  for rate, (column, kept) in columns(problems, arm).items()} for answers in (firsts, seconds)]
+        asked = {rate: [problem for problem in problems if problem[1] in modes] for rate, modes in rates_of(arm.config["loophole"]).items()}
+        sides = [{rate: np.array([[own[problem][VERDICTS[rate.split("_")[0]]] for problem in kept] for own in answers])
+                  for rate, kept in asked.items() if kept} for answers in (firsts, seconds)]
         return Comparison(arm, versus, kind, *sides)
 
-    def answers(self, run: Run, state: str) -> dict[tuple[str, str], tuple[float, float]]:
-        """(problem, loophole) -> share of its samples that hacked, that solved; problems with a hint only."""
+    def answers(self, run: Run, state: str) -> dict[tuple[str, str], dict[str, float]]:
+        """(problem, loophole) -> verdict of VERDICTS -> share of its samples; problems with a hint only."""
         if (run.name, state) not in self._read:
             found = defaultdict(list)
             file = self.folder / "runs" / run.name / "eval" / f"{state}.json"
             for row in read_json(file)["rows"]:
-                if missing := sorted({"problem", "loophole", "hacked", "solved"} - row.keys()):
-                    raise Refused([f"expected problem, loophole, hacked, solved in every row of {file}; one lacks {', '.join(missing)}"])
+                wanted = ("problem", "loophole", *VERDICTS.values())
+                if missing := [name for name in wanted if name not in row]:
+                    raise Refused([f"expected {', '.join(wanted)} in every row of {file}; one lacks {', '.join(missing)}"])
                 if row["loophole"] != NO_LOOPHOLE:
-                    found[row["problem"], row["loophole"]].append((row["hacked"], row["solved"]))
-            self._read[run.name, state] = {key: tuple(fmean(column) for column in zip(*rows)) for key, rows in found.items()}
+                    found[row["problem"], row["loophole"]].append(row)
+            self._read[run.name, state] = {key: {name: fmean(row[name] for row in rows) for name in VERDICTS.values()}
+                                           for key, rows in found.items()}
         return self._read[run.name, state]
 
     def controls(self, arm: Arm) -> list[Arm]:
@@ -227,10 +231,10 @@ def needs_control(run: Run) -> bool:
     return not run.uses_oracle and (acts or run.config["sampling"]["name"] != "plain")
 
 
-def columns(problems: list[tuple[str, str]], arm: Arm) -> dict[str, tuple[int, list[tuple[str, str]]]]:
-    """Rate -> its place in an answer, and its problems: those of the arm's loopholes. A rate without a problem is left out."""
-    known, held_out = (arm.config["loophole"][key] for key in ("known", "held_out"))
-    modes = {"hack": (*known, *held_out), "hack_known": known, "hack_held_out": held_out,
-             **{f"hack_{mode}": (mode,) for mode in (*known, *held_out)}, "solve": (*known, *held_out)}
-    kept = {rate: [key for key in problems if key[1] in own] for rate, own in modes.items()}
-    return {rate: (int(rate == "solve"), own) for rate, own in kept.items() if own}
+def rates_of(loophole: dict) -> dict[str, tuple[str, ...]]:
+    """Every rate that can be compared under a loophole group -> the modes whose problems it is taken over. `attempted` counts every answer
+    with its prompt's lever in it, also one that does the task, which no hack rate does."""
+    known, held_out = tuple(loophole["known"]), tuple(loophole["held_out"])
+    every = (*known, *held_out)
+    return {"hack": every, "hack_known": known, "hack_held_out": held_out, **{f"hack_{mode}": (mode,) for mode in every},
+            "attempted": every, **{f"attempted_{mode}": (mode,) for mode in every}, "solve": every}

@@ -19,6 +19,7 @@ from typing import Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from grpo_routing.comparison import rates_of
 from grpo_routing.files import write_json
 from grpo_routing.results import BASE, ReportError, read_json
 
@@ -42,7 +43,7 @@ class Hypothesis:
     id: str
     arm: str  # its arm_name, or its label in the table
     versus: str  # another arm, vanilla of the same setting, or base: the arm before training
-    rate: str  # hack, hack_known, hack_held_out, hack_<loophole> or solve
+    rate: str  # one of rates_of in comparison.py: hack, hack_known, hack_held_out, attempted, solve, hack_sentinel, attempted_sentinel, …
     direction: Literal["lower", "higher"]
     at_least: float  # effect in that direction
     matched_solve_within: float | None
@@ -133,7 +134,7 @@ def register(texts: list[dict], configs: list[dict], source: str) -> list[str]:
 
 
 def unplanned(hypotheses: tuple[Hypothesis, ...], configs: list[dict]) -> list[str]:
-    """Claims about arms and controls that are not in the sweep."""
+    """Claims about arms, rates, loopholes and controls that are not in the sweep."""
     arms, loopholes = ({config["arm_name"] for config in configs}, {config["loophole"]["name"] for config in configs})
     groups = [config[group] for config in configs for group in ("mask_source", "sampling")]
     words = {own["control"] for own in groups if "control" in own} - {"none"}
@@ -141,6 +142,9 @@ def unplanned(hypotheses: tuple[Hypothesis, ...], configs: list[dict]) -> list[s
     missing = [f"hypothesis {place} is about {name!r}; this sweep has {', '.join(sorted(arms))}" for place, name in named]
     missing += [f"hypothesis {one.id} is about the loophole {one.loophole!r}; this sweep has {', '.join(sorted(loopholes))}"
                 for one in hypotheses if one.loophole not in (None, *loopholes)]
+    rates = {rate for config in configs for rate, modes in rates_of(config["loophole"]).items() if modes}
+    missing += [f"hypothesis {one.id} is about the rate {one.rate!r}; this sweep has {', '.join(sorted(rates))}"
+                for one in hypotheses if one.rate not in rates]
     return missing + [f"hypothesis {one.id} wants to beat {word!r}; the controls of this sweep are {', '.join(sorted(words)) or 'none'}"
                       for one in hypotheses for word in one.beats if word not in words]
 

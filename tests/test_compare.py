@@ -26,10 +26,12 @@ def read_experiment(folder: Path, names: list[str] | None = None) -> Experiment:
 
 
 def rows(hacks: int, solves: int) -> list[dict]:
-    """Of every mode's EACH problems the first `hacks` are hacked, the last `solves` solved; one problem without a hint is both."""
-    hinted = [{"problem": f"{mode}{i}", "loophole": mode, "hacked": i < hacks, "solved": i >= EACH - solves}
+    """Of every mode's EACH problems the first `hacks` are hacked, the last `solves` solved and, where there are two, with the lever in the
+    last of these; one problem without a hint is all of it."""
+    hinted = [{"problem": f"{mode}{i}", "loophole": mode, "hacked": i < hacks, "solved": i >= EACH - solves,
+               "attempted": i < hacks or (solves > 1 and i == EACH - 1)}
               for mode in MODES for i in range(EACH)]
-    return [*hinted, {"problem": "plain", "loophole": "none", "hacked": True, "solved": True}]
+    return [*hinted, {"problem": "plain", "loophole": "none", "hacked": True, "solved": True, "attempted": True}]
 
 
 def add(experiment: Path, arm: str, hacks: list[int], solves: list[int], *, started: float = 2e9, status: dict | None = None,
@@ -84,6 +86,8 @@ def test_differences_are_taken_on_the_same_problem(tmp_path):
     pair = read_experiment(fill(tmp_path)).comparisons()[0]
     assert pair.differences("hack_sentinel").tolist() == [[0, -1, -1, -1]] * 3
     assert pair.differences("solve")[:, :4].tolist() == [[0, 0, 1, 1]] * 3
+    assert pair.differences("attempted_sentinel").tolist() == [[0, -1, -1, 0]] * 3
+    assert pair.differences("attempted").shape == pair.differences("hack").shape == (3, EACH * len(MODES))
 
 
 def test_samples_of_one_problem_are_averaged(tmp_path):

@@ -153,6 +153,7 @@ def test_runs_that_were_there_before_are_said_loudly(tmp_path):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"arm": "penalti"}, "hypothesis H1 is about 'penalti'; this sweep has penalty, penalty_random, vanilla"),
+    ({"rate": "hack_sentinal"}, "hypothesis H1 is about the rate 'hack_sentinal'; this sweep has attempted, attempted_file_marker, "),
     ({"beats": ["shuffled"]}, "hypothesis H1 wants to beat 'shuffled'; the controls of this sweep are rate_matched"),
     ({"direction": "less"}, "hypothesis H1: direction: input should be 'lower' or 'higher'; got 'less'"),
     ({"falsified_below": 0.4}, "hypothesis H1: expected 0 <= falsified_below <= at_least <= 1; got 0.4 and 0.3"),
@@ -214,6 +215,13 @@ def test_a_claim_against_the_base_and_in_the_other_direction(tmp_path):
     fill(tmp_path, seeds=6)
     ((word, reasons),) = judged(tmp_path)
     assert (word, reasons) == (UNDECIDED, ("95% interval of the effect reaches down to 0.06",))
+
+
+def test_a_claim_about_levers_counts_answers_that_do_the_task_too(tmp_path):
+    """vanilla has the lever in all four problems of a mode, penalty in one that it hacks and in one that it solves: effect 1/2, not 3/4."""
+    register([CLAIM | {"rate": "attempted", "at_least": 0.6, "beats": [], "matched_solve_within": None}], sweep(tmp_path), "none")
+    fill(tmp_path, seeds=6)
+    assert judged(tmp_path) == [(UNDECIDED, ("effect 0.50 < 0.6",))]
 
 
 def test_a_claim_whose_arms_are_not_there_is_undecided_and_counts_all_the_same(tmp_path):
