@@ -167,6 +167,9 @@ def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Ca
     heart = Heartbeat(folder, ready.trainer.steps, state.step)
     try:
         while state.step < ready.trainer.steps and not cause:
+            if ready.evaluation.every and state.step and state.step % ready.evaluation.every == 0:  # here, so that a resumed run has it too
+                with world.together(), line.policy.adapter.only(DEPLOYED):
+                    examine(f"step-{state.step:06d}-as_deployed", asked_to_stop)
             wall, cpu, step = time.monotonic(), time.process_time(), state.step
             with world.together():
                 row = train_step(line, state)
@@ -185,9 +188,6 @@ def train(ready: Plan, folder: Path, line: Line, state: State, asked_to_stop: Ca
             if world.leads:
                 progress.show(state.step, {"reward": row["train/reward"]} | {k: v for k, v in seen.items() if v is not None})
                 heart.beat(state.step, seen, "evaluating" if last else "training")
-            if ready.evaluation.every and state.step % ready.evaluation.every == 0 and not last:
-                with world.together(), line.policy.adapter.only(DEPLOYED):
-                    examine(f"step-{state.step:06d}-as_deployed", asked_to_stop)
     except FloatingPointError as error:  # no checkpoint: a resumed run goes back, takes the same steps and ends here again
         return f"not finite in step {state.step}: {error}"
     finally:

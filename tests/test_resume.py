@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from grpo_routing import build
+from grpo_routing import run as running
 from grpo_routing.folder import identity, run_folder
 from grpo_routing.run import Stopped, run
 from tests.warm import Entry
@@ -143,6 +145,26 @@ def test_a_signal_that_comes_after_the_last_step_ends_nothing():
     """SLURM may warn while a finished run's process goes down; ended by the signal, it would be taken for a crash."""
     ended = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+
+
+@pytest.mark.parametrize("asked", [3, 4])
+def test_a_run_that_is_stopped_before_an_evaluation_on_the_way_makes_it_when_resumed(config, tmp_path, monkeypatch, asked):
+    """Once before the base's evaluation, then after each step, and before each evaluation it is asked whether to stop: the third time is
+    after step 2, when the checkpoint is there, the fourth at the door of its evaluation."""
+    words = ("arm=vanilla", "experiment_name=e", "trainer.steps=4", "trainer.checkpoint_every=2", "evaluation.every=2",
+             "evaluation.problems=8")
+    whole = run(config(*words, f"output={tmp_path / 'whole'}"))
+    times = iter(range(1, 99))
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "stop_signals", lambda: nullcontext(lambda: next(times) == asked))
+        with pytest.raises(Stopped):
+            run(config(*words, f"output={tmp_path / 'stopped'}"))
+    (folder,) = tmp_path.glob("stopped/e/runs/*")
+    assert (folder / "checkpoints" / "latest").read_text() == "step-000002"
+    assert not (folder / "eval" / "step-000002-as_deployed.json").exists()
+    run(config(*words, f"output={tmp_path / 'stopped'}"))
+    for name in ("step-000002-as_deployed", "as_deployed"):
+        assert (folder / "eval" / f"{name}.json").read_bytes() == (whole / "eval" / f"{name}.json").read_bytes()
 
 
 def test_a_finished_run_is_left_alone(config, tmp_path, capsys):
