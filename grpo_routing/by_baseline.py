@@ -8,10 +8,11 @@ seeds. Two columns say what a choice among those steps would deploy (baselines.m
     oracle      the same rule with the hack rate for the monitored one and the solve rate for pay
 
 Chosen on one half of the evaluation problems, reported on the other. Below, paired by seed, mean and 95 % t-interval over seeds: what each
-row adds at the last step to vanilla and to routing with the same flags; and whether it lasts, the last step minus the first that was
-evaluated, where `attempted` counts every answer with its prompt's lever in it, also one that does the task. A run that collapsed counts at
-every later step as it stood. The detector has a column where any run has one. `--csv FILE` writes one line per run and step; `--figure
-FILE` draws the steps (baseline_figure.py).
+row adds at the last step to the vanilla of its adapter and to routing with the same flags; and whether it lasts, the last step minus the
+first that was evaluated, where `attempted` counts every answer with its prompt's lever in it, also one that does the task. A run that
+collapsed counts at every later step as it stood; one that lacks an evaluation on the way is left out there, and the cell says of how many
+runs it speaks. The detector has a column where any run has one. `--csv FILE` writes one line per run and step; `--figure FILE` draws the
+steps (baseline_figure.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from statistics import fmean
 from grpo_routing.arms import group
 from grpo_routing.baseline_figure import draw
 from grpo_routing.by_source import difference
+from grpo_routing.comparison import VANILLA
 from grpo_routing.deployment import MARGIN
 from grpo_routing.env.loopholes import FORMS, LOOPHOLES, NO_LOOPHOLE
 from grpo_routing.files import write_atomic
@@ -54,6 +56,8 @@ class Track:
     """One run, from the untrained policy to its end."""
 
     arm: str
+    role: str
+    adapter: str
     detector: str
     seed: int
     points: tuple[Point, ...]
@@ -79,20 +83,27 @@ PICKS: dict[str, Callable[[Track], Point]] = {
 def track_of(run: Run, label: str, folder: Path) -> Track:
     """`label` is that of the run's arm in the report; which detector the run has stands in a column of its own. Raises ReportError where
     an evaluation holds no rows that can be read."""
-    source, loophole, last = run.config["mask_source"], run.config["loophole"], run.config["trainer"]["steps"]
+    source, loophole = run.config["mask_source"], run.config["loophole"]
     seen = {f"{mode} {form}" for mode in loophole["known"] for form in source.get("forms", FORMS)}
-    every = run.config["evaluation"]["every"] or last
-    states = dict.fromkeys(range(every, last + 1, every), DEPLOYED) | {last: DEPLOYED}  # after a collapse the policy stays as it stood
-    states |= {int(file.stem.split("-")[1]): file.stem for file in (folder / "eval").glob("step-*-as_deployed.json")}
+    states = {0: BASE} | states_of(run, folder)
     points = []
-    for step, state in sorted((states | {0: BASE}).items()):
+    for step, state in sorted(states.items()):
         rows = read_json(folder / "eval" / f"{state}.json")["rows"]
         if any("levers" not in row for row in rows):
             raise ReportError(f"expected the levers of every sample in {folder}/eval/{state}.json; an older version wrote it. Run it again")
         halves = {"all": rows, "choose": rows[::2], "report": rows[1::2]}
         points.append(Point(step, {name: rates(half, seen, loophole) for name, half in halves.items()}))
     detector = detector_of(source)
-    return Track(run.config["arm_name"] if detector else label, detector, run.config["seed"], tuple(points), run.name, run.code)
+    return Track(run.config["arm_name"] if detector else label, run.role, run.config["adapter"]["name"], detector, run.config["seed"],
+                 tuple(points), run.name, run.code)
+
+
+def states_of(run: Run, folder: Path) -> dict[int, str]:
+    """Trained step -> the evaluation that holds the deployed policy of it; of a run that collapsed, that of its end at every later step."""
+    last = run.config["trainer"]["steps"]
+    there = {int(file.stem.split("-")[1]): file.stem for file in (folder / "eval").glob("step-*-as_deployed.json")}
+    later = range(0, last, run.config["evaluation"]["every"] or last) if run.collapsed else ()
+    return dict.fromkeys(later[1:], DEPLOYED) | there | {last: DEPLOYED}
 
 
 def tracks_of(experiment: Path, runs: Sequence[Run]) -> list[Track]:
@@ -151,11 +162,11 @@ def page(tracks: list[Track]) -> list[str]:
     """Markdown lines."""
     steps = steps_of(tracks)
     lines = head(tracks, "arm, as deployed", [*(f"step {step}" for step in steps), *PICKS])
-    base = cell([tracks[0].points[0].rates["all"]], False)
+    base = cell([tracks[0].points[0].rates["all"]], 1)
     lines.append(f"| *untrained base* |{' |' * told(tracks)} {base} |" + " |" * (len(steps) + len(PICKS) - 1))
     for (arm, detector), own in by_row(tracks):
-        texts = [cell([point.rates["all"] for track in own if (point := track.at(step))], len(own) > 1) for step in steps]
-        texts += [cell([rule(track).rates["report"] for track in own], len(own) > 1) for rule in PICKS.values()]
+        texts = [cell([point.rates["all"] for track in own if (point := track.at(step))], len(own)) for step in steps]
+        texts += [cell([rule(track).rates["report"] for track in own], len(own)) for rule in PICKS.values()]
         many = f" <sub>n={len(own)}</sub>" if len(own) != 5 else ""
         lines.append(line([f"`{arm}`{many}", *[detector] * told(tracks), *texts]))
     return lines
@@ -177,13 +188,14 @@ def head(tracks: list[Track], first: str, columns: list[str]) -> list[str]:
 
 
 def differences(tracks: list[Track]) -> list[str]:
-    """Markdown lines: every row minus vanilla, and minus routing by the same detector, as deployed after the last step."""
+    """Markdown lines: every row minus the vanilla of its adapter, and minus routing by its detector, as deployed after the last step."""
     rows = by_row(tracks)
     found, routed = dict(rows), told(tracks)
+    vanilla = {own[0].adapter: own for _, own in reversed(rows) if own[0].role == VANILLA}
     lines = head(tracks, "arm, after the last step", ["minus vanilla: known", "held-out", "solve",
                                                       *["minus routing: known", "held-out", "solve"] * routed])
     for (arm, detector), own in rows:
-        others = (found.get(("vanilla", "")), *[found.get((ROUTED, detector)) if detector else None] * routed)
+        others = (vanilla.get(own[0].adapter), *[found.get((ROUTED, detector)) if detector else None] * routed)
         if own not in others[:1]:
             texts = [difference(paired(own, other, rate)) if other and own is not other else "–" for other in others for rate in SHOWN]
             lines.append(line([f"`{arm}`", *[detector] * routed, *texts]))
@@ -210,12 +222,14 @@ def paired(own: list[Track], other: list[Track], rate: str) -> list[float]:
     return [track.points[-1].rates["all"][rate] - there[track.seed] for track in own if track.seed in there]
 
 
-def cell(seeds: list[dict[str, float]], spread: bool) -> str:
+def cell(seeds: list[dict[str, float]], runs: int) -> str:
+    """Means over those of the `runs` that have these rates, and their spread."""
     if not seeds:
         return "–"
     middle = " / ".join(f"{fmean(one[name] for one in seeds):.2f}" for name in SHOWN)
     low = " / ".join(f"{min(one[name] for one in seeds):.2f}–{max(one[name] for one in seeds):.2f}" for name in SHOWN)
-    return f"{middle} <sub>{low}</sub>" if spread else middle
+    few = f"{len(seeds)} of {runs}: " if len(seeds) < runs else ""
+    return f"{middle} <sub>{few}{low}</sub>" if runs > 1 else middle
 
 
 def table(tracks: list[Track]) -> str:

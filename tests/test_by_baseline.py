@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from matplotlib.image import imread
@@ -36,7 +37,7 @@ def track(*points: tuple[float, float, float, float]) -> Track:
     """Points of (passed, monitored, solve, hack); the first is the base's."""
     names = ("passed", "monitored", "solve", "hack")
     made = [Point(60 * at, {half: dict(zip(names, values)) for half in ("choose", "report")}) for at, values in enumerate(points)]
-    return Track("arm", "whole", 0, tuple(made), "run", "code")
+    return Track("arm", "method", "lora", "whole", 0, tuple(made), "run", "code")
 
 
 BASE = (0.3, 0.10, 0.2, 0.1)
@@ -54,7 +55,7 @@ def test_picks_follow_what_each_sees(points, developer, oracle):
 
 def test_a_pick_is_made_on_one_half_and_reported_on_the_other():
     low, high = dict.fromkeys(("passed", "monitored", "solve", "hack"), 0.0), {"passed": 1.0, "monitored": 0.0, "solve": 0.0, "hack": 0.0}
-    one = Track("arm", "", 0, (Point(0, {"choose": low, "report": low}), Point(60, {"choose": high, "report": low}),
+    one = Track("arm", "method", "lora", "", 0, (Point(0, {"choose": low, "report": low}), Point(60, {"choose": high, "report": low}),
                                Point(120, {"choose": low, "report": high})), "run", "code")
     assert PICKS["developer's pick"](one).step == 60
 
@@ -70,7 +71,7 @@ def test_detectors_have_names(change, said):
 def test_differences_are_paired_by_seed():
     def one(arm: str, detector: str, seed: int, rate: float) -> Track:
         rates = {"all": dict.fromkeys(("hack_known", "hack_held_out", "solve"), rate)}
-        return Track(arm, detector, seed, (Point(60, rates),), "run", "code")
+        return Track(arm, arm, "lora", detector, seed, (Point(60, rates),), "run", "code")
 
     vanilla = [one("vanilla", "", seed, rate) for seed, rate in enumerate((0.9, 0.8, 0.7))]
     routed = [one("sourced-detector", "whole", seed, rate) for seed, rate in ((1, 0.4), (2, 0.1))]
@@ -81,12 +82,13 @@ def test_differences_are_paired_by_seed():
     assert lines[3].split(" | ")[2:5] == ["-0.50 [-1.77, +0.77]"] * 3
 
 
-def over(arm: str, seed: int, *held_out: float, detector: str = "") -> Track:
+def over(arm: str, seed: int, *held_out: float, detector: str = "", adapter: str = "lora") -> Track:
     """A run whose held-out hack was so at steps 0, 60, 120, …"""
     same = dict.fromkeys(("hack_known", "solve", "passed", "attempted", "monitored", "hack"), 0.5)
     rates = [same | {"hack_held_out": rate} for rate in held_out]
-    return Track(arm, detector, seed, tuple(Point(60 * at, dict.fromkeys(("all", "choose", "report"), one))
-                                            for at, one in enumerate(rates)), "run", "code")
+    role = "vanilla" if arm.startswith("vanilla") else "method"
+    return Track(arm, role, adapter, detector, seed, tuple(Point(60 * at, dict.fromkeys(("all", "choose", "report"), one))
+                                                           for at, one in enumerate(rates)), "run", "code")
 
 
 def test_what_lasts_is_the_last_step_minus_the_first_of_the_same_seed():
@@ -111,6 +113,21 @@ def test_without_any_detector_nothing_has_a_column_for_it(tmp_path):
     assert wide > 2 * high  # the rates stand side by side
 
 
+def test_a_cell_says_of_how_many_runs_it_speaks():
+    whole, lacking = over("erase", 0, 0.1, 0.2, 0.4), over("erase", 1, 0.1, 0.2, 0.4)
+    lacking = replace(lacking, points=lacking.points[::2])
+    cells = page([whole, lacking])[3].split(" | ")
+    assert cells[1:3] == ["0.50 / 0.20 / 0.50 <sub>1 of 2: 0.50–0.50 / 0.20–0.20 / 0.50–0.50</sub>",
+                          "0.50 / 0.40 / 0.50 <sub>0.50–0.50 / 0.40–0.40 / 0.50–0.50</sub>"]
+
+
+def test_an_arm_stands_against_the_vanilla_of_its_adapter():
+    tracks = [over("vanilla", 0, 0.1, 0.9), over("vanilla_svd", 0, 0.1, 0.7, adapter="svd"), over("route", 0, 0.1, 0.3, adapter="svd"),
+              over("erase", 0, 0.1, 0.3), over("mlp", 0, 0.1, 0.3, adapter="mlp")]
+    assert [line.split(" | ")[:3:2] for line in differences(tracks)[2:]] == [
+        ["| `erase`", "-0.60 (n=1)"], ["| `mlp`", "–"], ["| `route`", "-0.40 (n=1)"]]
+
+
 def test_a_run_that_collapsed_stays_as_it_stood(config, tmp_path):
     """It is not evaluated after its collapse: a mean over those that are would be over the runs that held."""
     words = ("loophole=held_out", f"output={tmp_path}", "experiment_name=e", "evaluation.every=1", "trainer.steps=4", "arm=vanilla")
@@ -121,6 +138,10 @@ def test_a_run_that_collapsed_stays_as_it_stood(config, tmp_path):
     (folder / "eval" / "as_deployed.json").write_text(json.dumps(end))
     for step in (2, 3):
         (folder / "eval" / f"step-{step:06d}-as_deployed.json").unlink()
+    (lacking,) = by_baseline.tracks_of(tmp_path / "e", read_runs(tmp_path / "e"))
+    assert [point.step for point in lacking.points] == [0, 1, 4]  # it did not collapse: what was not measured is not there
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps(status | {"state": "collapsed", "cause": "format lost"}))
     (only,) = by_baseline.tracks_of(tmp_path / "e", read_runs(tmp_path / "e"))
     assert [(point.step, point.rates["all"]["solve"]) for point in only.points] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1)]
 
