@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 
@@ -88,23 +87,23 @@ class Experiment:
         if odd := [run.name for run, own in zip((*arm.runs, *(versus or arm).runs), (*firsts, *seconds)) if sorted(own) != problems]:
             raise Refused([f"expected the same evaluation problems in all runs of {arm.label} and what it stands against; {', '.join(odd)} "
                            f"answered others than {arm.runs[0].name}. Run them again with the same evaluation.* and loophole"])
-        asked = {rate: [problem for problem in problems if problem[1] in modes] for rate, modes in rates_of(arm.config["loophole"]).items()}
-        sides = [{rate: np.array([[own[problem][VERDICTS[rate.split("_")[0]]] for problem in kept] for own in answers])
-                  for rate, kept in asked.items() if kept} for answers in (firsts, seconds)]
+        asked = {rate: [at for at, (_, mode) in enumerate(problems) if mode in modes]
+                 for rate, modes in rates_of(arm.config["loophole"]).items()}
+        sides = [{rate: counted[VERDICTS[rate.split("_")[0]]][:, kept] for rate, kept in asked.items() if kept}
+                 for counted in (matrices(firsts, problems), matrices(seconds, problems))]
         return Comparison(arm, versus, kind, *sides)
 
     def answers(self, run: Run, state: str) -> dict[tuple[str, str], dict[str, float]]:
         """(problem, loophole) -> verdict of VERDICTS -> share of its samples; problems with a hint only."""
         if (run.name, state) not in self._read:
-            found = defaultdict(list)
+            found, wanted = defaultdict(list), ("problem", "loophole", *VERDICTS.values())
             file = self.folder / "runs" / run.name / "eval" / f"{state}.json"
             for row in read_json(file)["rows"]:
-                wanted = ("problem", "loophole", *VERDICTS.values())
                 if missing := [name for name in wanted if name not in row]:
                     raise Refused([f"expected {', '.join(wanted)} in every row of {file}; one lacks {', '.join(missing)}"])
                 if row["loophole"] != NO_LOOPHOLE:
                     found[row["problem"], row["loophole"]].append(row)
-            self._read[run.name, state] = {key: {name: fmean(row[name] for row in rows) for name in VERDICTS.values()}
+            self._read[run.name, state] = {key: {name: sum(row[name] for row in rows) / len(rows) for name in VERDICTS.values()}
                                            for key, rows in found.items()}
         return self._read[run.name, state]
 
@@ -229,6 +228,11 @@ def needs_control(run: Run) -> bool:
     """Whether a mask source or the sampling acts, so that only a control says whether what it knows matters."""
     acts = run.config["mask_source"]["name"] != "none" and (run.config["projection"]["name"] != "measure_only" or run.labels)
     return not run.uses_oracle and (acts or run.config["sampling"]["name"] != "plain")
+
+
+def matrices(answers: list[dict[tuple[str, str], dict[str, float]]], problems: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """Verdict -> its shares [n runs, m problems]."""
+    return {name: np.array([[own[problem][name] for problem in problems] for own in answers]) for name in VERDICTS.values()}
 
 
 def rates_of(loophole: dict) -> dict[str, tuple[str, ...]]:
