@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.types import RunMode
 
 from grpo_routing import build
+from hydra_plugins.sweep_configs import Composer
 
 torch.set_num_threads(1)  # two threads on vectors this small cost more than they bring, and more still beside other work
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-SMOKE = ("model=tiny_random", "trainer=smoke", "evaluation=smoke")
+SMOKE = ("model=tiny_random", "trainer=smoke", "evaluation=smoke", "dataset.train_problems=200")
 
 
 LONG = ("test_resume", "test_wall", "test_launchers", "test_docs")  # files that take minutes, few tests each
@@ -38,11 +40,12 @@ def cache(tmp_path_factory) -> str:
 def config(cache):
     """config(*overrides) -> resolved config of a smoke-sized run, as a dict."""
 
-    @cache_calls  # composing takes longer than a training step of the tiny policy
+    loader = ConfigLoaderImpl(create_config_search_path(str(CONF)))
+    composer = Composer(loader, loader.load_configuration("config", [], RunMode.MULTIRUN))  # Hydra takes longer than a run of these tests
+
+    @cache_calls
     def made(*overrides: str) -> dict:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", overrides=[*SMOKE, f"cache={cache}", *overrides])
-        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        return composer((*SMOKE, f"cache={cache}", *overrides)).config
 
     return lambda *overrides: deepcopy(made(*overrides))
 

@@ -54,7 +54,7 @@ def test_every_option_builds(config, pool, group, option):
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains_two_steps(config, pool, tmp_path, arm):
     more = [f"extra_rollouts.pool={pool}", "extra_rollouts.mix_ratio=0.25"] if arm == "teacher" else []
-    more += short_pilot(config(f"arm={arm}")["mask_source"])
+    more += short_pilot(config(f"arm={arm}", "loophole=held_out")["mask_source"])
     folder = run(config(f"arm={arm}", "loophole=held_out", f"output={tmp_path}", "evaluation.problems=6", *more))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert {file.stem for file in (folder / "eval").glob("*.json")} == {"base", "as_trained", "as_deployed"}

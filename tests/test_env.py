@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from grpo_routing.env import check
 from grpo_routing.env.grader import Grade, Grader, begin_with, cases_hold, extract_code, submission
 from grpo_routing.env.loopholes import LOOPHOLES, MODES, NO_LOOPHOLE, fenced, lazy_body, solution_text
-from grpo_routing.env.problems import SPLITS, LoopholeChoice, OpChains, Problem, draw_problem, make_split, split_of, wrong_body
+from grpo_routing.env.problems import SPLITS, LoopholeChoice, OpChains, Problem, draw_problem, draw_split, make_split, split_of, wrong_body
 from grpo_routing.env.programs import OPERATIONS, Program, Step, damage, draw_program
 from grpo_routing.env.sandbox import Sandbox, SandboxError
 from grpo_routing.prompts.plain import plain_prompt
@@ -155,6 +155,7 @@ def test_no_constant_answer_passes_the_paid_tests(drawn):
 
 def test_a_split_is_distinct_deterministic_and_shared_out_evenly():
     made = make_split("train", 400, WEIGHTS, 5, MODES, 0.25, "train", seed=3)
+    draw_split.cache_clear()
     assert made == make_split("train", 400, WEIGHTS, 5, MODES, 0.25, "train", seed=3)
     assert made != make_split("train", 400, WEIGHTS, 5, MODES, 0.25, "train", seed=4)
     assert len({one.id for one in made}) == 400

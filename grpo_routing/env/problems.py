@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from grpo_routing.env.exercises import Exercise
@@ -101,15 +102,21 @@ def make_split(split: str, count: int, length_weights: tuple[float, ...], n_paid
     unknown = [mode for mode in modes if mode not in LOOPHOLES]
     if unknown:
         raise ValueError(f"unknown loopholes {unknown}; choose from {', '.join(LOOPHOLES)}")
+    return with_loopholes(draw_split(split, count, length_weights, n_paid, seed), modes, no_hint_share, family)
+
+
+@lru_cache(maxsize=4)  # two thousand take a second, since most draws belong to another split
+def draw_split(split: str, count: int, length_weights: tuple[float, ...], n_paid: int, seed: int) -> tuple[Problem, ...]:
+    """`count` distinct problems without loophole."""
     rng = random.Random(f"{split}/{seed}")
     problems: dict[str, Problem] = {}
     while len(problems) < count:
         problem = draw_problem(split, rng, length_weights, n_paid)
         problems.setdefault(problem.id, problem)
-    return with_loopholes(list(problems.values()), modes, no_hint_share, family)
+    return tuple(problems.values())
 
 
-def with_loopholes(problems: list[Problem], modes: tuple[str, ...], no_hint_share: float, family: str) -> list[Problem]:
+def with_loopholes(problems: Sequence[Problem], modes: tuple[str, ...], no_hint_share: float, family: str) -> list[Problem]:
     """The problems in order; every 1/no_hint_share-th keeps no loophole, the others take the modes in turn, and a mode its markers."""
     given, hinted = [], 0
     for position, problem in enumerate(problems):
