@@ -11,8 +11,8 @@ A block stands between two comments, and everything between them is replaced:
 `rates` is the report's table, `summary` the columns of it that a README wants, `differences` that of compare, `verdicts` the judged
 hypotheses, `ablation` and `ablation_verdicts` these two without asking for controls, `sensitivity` what so many seeds find; `folds`,
 `sources`, `masks` and `baselines` are the pages of by_fold.py, by_source.py, diagnosis.py and by_baseline.py, `steps` the latter without
-what each row adds to vanilla; `recall` and `evasion` are those of by_recall.py and obfuscation.py, from CSV that they wrote: the runs of
-one are older than archives, the other reads what an archive does not keep.
+what each row adds to vanilla; `recall`, `evasion` and `flags` are those of by_recall.py, obfuscation.py and by_answer.py, from CSV that
+they wrote: the runs of the first are older than archives, the others read what an archive does not keep.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from grpo_routing import by_baseline, by_fold, by_recall, by_source, compare, diagnosis, obfuscation, report
+from grpo_routing import by_answer, by_baseline, by_fold, by_recall, by_source, compare, diagnosis, obfuscation, report
 from grpo_routing.analysis import Analysis, analyse
 from grpo_routing.archive import unpack
 from grpo_routing.arms import Arm, group
@@ -77,6 +77,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
     "baselines": lambda file: by_baseline.whole(by_baseline.tracks_of(unpacked(file), runs_of(file))),
     "steps": lambda file: by_baseline.over_steps(by_baseline.tracks_of(unpacked(file), runs_of(file))),
     "recall": lambda file: by_recall.page(by_recall.read_table(file)),
+    "flags": lambda file: by_answer.page(by_answer.read_table(file)),
     "evasion": lambda file: obfuscation.page(obfuscation.read_table(file, runs_of(file.with_name("archive.parquet"))))}
 
 
