@@ -9,7 +9,8 @@ seeds. Two columns say what a choice among those steps would deploy (baselines.m
 
 Chosen on one half of the evaluation problems, reported on the other. Below, paired by seed, mean and 95 % t-interval over seeds: what each
 row adds at the last step to the vanilla of its adapter and to routing with the same flags; and whether it lasts, the last step minus the
-first that was evaluated, where `attempted` counts every answer with its prompt's lever in it, also one that does the task. A run that
+first that was evaluated, where `attempted` counts every answer with its prompt's lever in it, also one that does the task. Then hack and
+attempted at the last step of every loophole by itself, because a mean over loopholes hides one that was forgotten or kept. A run that
 collapsed counts at every later step as it stood; one that lacks an evaluation on the way is left out there, and the cell says of how many
 runs it speaks. The detector has a column where any run has one. `--csv FILE` writes one line per run and step; `--figure FILE` draws the
 steps (baseline_figure.py).
@@ -40,7 +41,7 @@ ROUTED = "sourced-detector"
 SHOWN = ("hack_known", "hack_held_out", "solve")
 LASTING = {"hack_known": "known", "hack_held_out": "held-out", "attempted": "attempted", "solve": "solve"}  # rate -> its column
 COLUMNS = ("arm", "detector", "seed", "step", "passed", "monitored", "attempted", "hack", "hack_known", "hack_held_out", "hack_other_form",
-           "solve", "format", *(f"attempted_{mode}" for mode in LOOPHOLES), "run", "code")
+           "solve", "format", *(f"{rate}_{mode}" for rate in ("hack", "attempted") for mode in LOOPHOLES), "run", "code")
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ def tracks_of(experiment: Path, runs: Sequence[Run]) -> list[Track]:
 
 
 def whole(tracks: list[Track]) -> list[str]:
-    """All tables, as markdown lines."""
+    """The tables of rates, differences and what lasts, as markdown lines."""
     return [*page(tracks), "", *differences(tracks), *lasting(tracks)]
 
 
 def over_steps(tracks: list[Track]) -> list[str]:
-    """What every row does at which step, and whether it lasts."""
-    return [*page(tracks), *lasting(tracks)]
+    """What every row does at which step, whether it lasts, and at which loophole."""
+    return [*page(tracks), *lasting(tracks), "", *by_loophole(tracks)]
 
 
 def detector_of(source: dict) -> str:
@@ -143,7 +144,8 @@ def rates(rows: list[dict], seen: set[str], loophole: dict) -> dict[str, float]:
         "hack_other_form": fmean(row["hacked"] and f"{row['loophole']} other" in row["levers"] for row in hinted),
         "solve": fmean(row["solved"] for row in hinted),
         "format": fmean(row["format_ok"] for row in rows),
-        **{f"attempted_{mode}": fmean(own) for mode in LOOPHOLES if (own := [row["attempted"] for row in rows if row["loophole"] == mode])}}
+        **{f"{rate}_{mode}": fmean(row[verdict] for row in own) for rate, verdict in (("hack", "hacked"), ("attempted", "attempted"))
+           for mode in LOOPHOLES if (own := [row for row in rows if row["loophole"] == mode])}}
 
 
 def by_row(tracks: list[Track]) -> list[tuple[tuple[str, str], list[Track]]]:
@@ -216,6 +218,19 @@ def lasting(tracks: list[Track]) -> list[str]:
     return lines
 
 
+def by_loophole(tracks: list[Track]) -> list[str]:
+    """Markdown lines: hack / attempted on the prompts of each loophole, as deployed after the last step, mean over seeds."""
+    modes = [mode for mode in LOOPHOLES if f"hack_{mode}" in tracks[0].points[0].rates["all"]]
+    lines = head(tracks, f"arm, step {max(steps_of(tracks))}: hack / attempted", modes)
+
+    def row(name: str, detector: str, ends: list[dict[str, float]]) -> str:
+        texts = [" / ".join(f"{fmean(one[f'{rate}_{mode}'] for one in ends):.2f}" for rate in ("hack", "attempted")) for mode in modes]
+        return line([name, *[detector] * told(tracks), *texts])
+
+    return [*lines, row("*untrained base*", "", [tracks[0].points[0].rates["all"]]),
+            *(row(f"`{arm}`", detector, [track.points[-1].rates["all"] for track in own]) for (arm, detector), own in by_row(tracks))]
+
+
 def paired(own: list[Track], other: list[Track], rate: str) -> list[float]:
     """One difference per seed that both have."""
     there = {track.seed: track.points[-1].rates["all"][rate] for track in other}
@@ -264,7 +279,7 @@ def main(argv: list[str]) -> int:
         write_atomic(asked.csv, table(tracks).encode())
     if asked.figure:
         draw(tracks, asked.figure)
-    print("\n".join(whole(tracks)))
+    print("\n".join([*whole(tracks), "", *by_loophole(tracks)]))
     return 0
 
 

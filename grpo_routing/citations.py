@@ -10,8 +10,8 @@ A block stands between two comments, and everything between them is replaced:
 
 `rates` is the report's table, `summary` the columns of it that a README wants, `differences` that of compare, `verdicts` the judged
 hypotheses, `ablation` and `ablation_verdicts` these two without asking for controls, `sensitivity` what so many seeds find; `folds`,
-`sources`, `masks` and `baselines` are the pages of by_fold.py, by_source.py, diagnosis.py and by_baseline.py, `steps` the latter without
-what each row adds to vanilla; `recall`, `evasion` and `flags` are those of by_recall.py, obfuscation.py and by_answer.py, from CSV that
+`sources`, `masks` and `baselines` are the pages of by_fold.py, by_source.py, diagnosis.py and by_baseline.py, `steps` and
+`loopholes` parts of the latter; `recall`, `evasion` and `flags` are those of by_recall.py, obfuscation.py and by_answer.py, from CSV that
 they wrote: the runs of the first are older than archives, the others read what an archive does not keep.
 """
 
@@ -76,6 +76,7 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
     "masks": lambda file: diagnosis.page(diagnosis.qualities(unpacked(file), runs_of(file))),
     "baselines": lambda file: by_baseline.whole(by_baseline.tracks_of(unpacked(file), runs_of(file))),
     "steps": lambda file: by_baseline.over_steps(by_baseline.tracks_of(unpacked(file), runs_of(file))),
+    "loopholes": lambda file: by_baseline.by_loophole(by_baseline.tracks_of(unpacked(file), runs_of(file))),
     "recall": lambda file: by_recall.page(by_recall.read_table(file)),
     "flags": lambda file: by_answer.page(by_answer.read_table(file)),
     "evasion": lambda file: obfuscation.page(obfuscation.read_table(file, runs_of(file.with_name("archive.parquet"))))}

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from grpo_routing import by_baseline
 from grpo_routing.baseline_figure import draw
-from grpo_routing.by_baseline import PICKS, Point, Track, detector_of, differences, lasting, page, paired, rates
+from grpo_routing.by_baseline import PICKS, Point, Track, by_loophole, detector_of, differences, lasting, page, paired, rates
 from grpo_routing.results import read_runs
 from grpo_routing.run import run
 
@@ -29,7 +29,8 @@ def test_rates_of_hand_made_rows():
             row("none", ["sentinel plain"])]
     found = rates(rows, {"sentinel plain"}, KNOWN_ONE)
     assert found == {"passed": 1.0, "monitored": 2 / 5, "attempted": 3 / 4, "hack": 3 / 4, "hack_known": 2 / 3, "hack_held_out": 1.0,
-                     "hack_other_form": 1 / 4, "solve": 1 / 4, "format": 1.0, "attempted_sentinel": 2 / 3, "attempted_file_marker": 1.0}
+                     "hack_other_form": 1 / 4, "solve": 1 / 4, "format": 1.0, "hack_sentinel": 2 / 3, "hack_file_marker": 1.0,
+                     "attempted_sentinel": 2 / 3, "attempted_file_marker": 1.0}
     assert rates(rows, {"sentinel plain", "sentinel other"}, KNOWN_ONE)["monitored"] == 3 / 5
 
 
@@ -111,6 +112,17 @@ def test_without_any_detector_nothing_has_a_column_for_it(tmp_path):
     draw(plain, tmp_path / "steps")
     wide, high = imread(tmp_path / "steps.png").shape[1::-1]
     assert wide > 2 * high  # the rates stand side by side
+
+
+def test_every_loophole_stands_by_itself_at_the_last_step():
+    def end(seed: int, hack: float, attempted: float) -> Track:
+        made = over("erase", seed, 0.1, 0.2, 0.4)
+        for at, point in enumerate(made.points):
+            point.rates["all"].update({"hack_sentinel": hack * at / 2, "attempted_sentinel": attempted * at / 2})
+        return made
+
+    assert by_loophole([end(0, 0.2, 0.9), end(1, 0.4, 0.7)]) == [
+        "| arm, step 120: hack / attempted | sentinel |", "|---|---|", "| *untrained base* | 0.00 / 0.00 |", "| `erase` | 0.30 / 0.80 |"]
 
 
 def test_a_cell_says_of_how_many_runs_it_speaks():
