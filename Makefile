@@ -58,8 +58,8 @@ baselines: $(VENV)/ready  ## penalty, screening, routing, modification, prompts 
 	$(PYTHON) -m grpo_routing.by_baseline outputs/baselines --csv outputs/baselines/steps.csv --figure outputs/baselines/figures/steps
 	$(PYTHON) -m grpo_routing.obfuscation outputs/baselines --csv outputs/baselines/obfuscation.csv
 
-evidence: $(VENV)/ready  ## the headline, four times its steps, each loophole held out, ablations, with their claims: many hours; it resumes
-	for part in headline headline_long held_out ablations; do \
+evidence: $(VENV)/ready  ## the headline, four times its steps (twice), each loophole held out, ablations, with their claims: many hours; it resumes
+	for part in headline headline_long levers held_out ablations; do \
 	  $(PYTHON) -m grpo_routing -m experiment=$$part hydra/launcher=local hydra.launcher.parallel=2 || exit 1; \
 	  $(PYTHON) -m grpo_routing.report outputs/$$part $$(test $$part = ablations && echo --without-controls) > outputs/$$part/report.txt || exit 1; done
 

@@ -22,7 +22,7 @@ import argparse
 import csv
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -33,7 +33,7 @@ from grpo_routing.baseline_figure import draw
 from grpo_routing.by_source import difference
 from grpo_routing.comparison import VANILLA
 from grpo_routing.deployment import MARGIN
-from grpo_routing.env.loopholes import FORMS, LOOPHOLES, NO_LOOPHOLE
+from grpo_routing.env.loopholes import FORMS, LOOPHOLES
 from grpo_routing.files import write_atomic
 from grpo_routing.results import BASE, DEPLOYED, ReportError, Run, read_json, read_runs
 
@@ -133,19 +133,26 @@ def detector_of(source: dict) -> str:
 
 def rates(rows: list[dict], seen: set[str], loophole: dict) -> dict[str, float]:
     """Over prompts with a hint, but for `monitored` and `format`: over all."""
-    hinted = [row for row in rows if row["loophole"] != NO_LOOPHOLE]
+    by_mode = {mode: own for mode in LOOPHOLES if (own := [row for row in rows if row["loophole"] == mode])}
+    hinted = [row for own in by_mode.values() for row in own]
+    known, held_out = ([row for mode in loophole[part] for row in by_mode.get(mode, [])] for part in ("known", "held_out"))
     return {
-        "passed": fmean(row["passed"] for row in hinted),
-        "monitored": fmean(bool(seen & set(row["levers"])) for row in rows),
-        "attempted": fmean(row["attempted"] for row in hinted),
-        "hack": fmean(row["hacked"] for row in hinted),
-        "hack_known": fmean(row["hacked"] for row in hinted if row["loophole"] in loophole["known"]),
-        "hack_held_out": fmean(row["hacked"] for row in hinted if row["loophole"] in loophole["held_out"]),
-        "hack_other_form": fmean(row["hacked"] and f"{row['loophole']} other" in row["levers"] for row in hinted),
-        "solve": fmean(row["solved"] for row in hinted),
-        "format": fmean(row["format_ok"] for row in rows),
-        **{f"{rate}_{mode}": fmean(row[verdict] for row in own) for rate, verdict in (("hack", "hacked"), ("attempted", "attempted"))
-           for mode in LOOPHOLES if (own := [row for row in rows if row["loophole"] == mode])}}
+        "passed": share(row["passed"] for row in hinted),
+        "monitored": share(not seen.isdisjoint(row["levers"]) for row in rows),
+        "attempted": share(row["attempted"] for row in hinted),
+        "hack": share(row["hacked"] for row in hinted),
+        "hack_known": share(row["hacked"] for row in known),
+        "hack_held_out": share(row["hacked"] for row in held_out),
+        "hack_other_form": share(row["hacked"] and f"{row['loophole']} other" in row["levers"] for row in hinted),
+        "solve": share(row["solved"] for row in hinted),
+        "format": share(row["format_ok"] for row in rows),
+        **{f"{rate}_{mode}": share(row[verdict] for row in own) for rate, verdict in (("hack", "hacked"), ("attempted", "attempted"))
+           for mode, own in by_mode.items()}}
+
+
+def share(true: Iterable[bool]) -> float:
+    every = list(true)
+    return sum(every) / len(every)
 
 
 def by_row(tracks: list[Track]) -> list[tuple[tuple[str, str], list[Track]]]:

@@ -63,6 +63,11 @@ def compared(archive: Path, controls: bool = True) -> Analysis:
     return analyse(unpacked(archive), runs_of(archive), controls=controls)
 
 
+@cache
+def tracks_of(archive: Path) -> list[by_baseline.Track]:
+    return by_baseline.tracks_of(unpacked(archive), runs_of(archive))
+
+
 KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
     "rates": lambda file: report.markdown_table(arms_of(file)),
     "summary": lambda file: report.markdown_table(arms_of(file), SUMMARY),
@@ -74,9 +79,9 @@ KINDS: dict[str, Callable[[Path], list[str]]] = {  # of a committed file
     "sources": lambda file: by_source.whole(by_source.finished(runs_of(file))),
     "folds": lambda file: by_fold.page(runs_of(file)),
     "masks": lambda file: diagnosis.page(diagnosis.qualities(unpacked(file), runs_of(file))),
-    "baselines": lambda file: by_baseline.whole(by_baseline.tracks_of(unpacked(file), runs_of(file))),
-    "steps": lambda file: by_baseline.over_steps(by_baseline.tracks_of(unpacked(file), runs_of(file))),
-    "loopholes": lambda file: by_baseline.by_loophole(by_baseline.tracks_of(unpacked(file), runs_of(file))),
+    "baselines": lambda file: by_baseline.whole(tracks_of(file)),
+    "steps": lambda file: by_baseline.over_steps(tracks_of(file)),
+    "loopholes": lambda file: by_baseline.by_loophole(tracks_of(file)),
     "recall": lambda file: by_recall.page(by_recall.read_table(file)),
     "flags": lambda file: by_answer.page(by_answer.read_table(file)),
     "evasion": lambda file: obfuscation.page(obfuscation.read_table(file, runs_of(file.with_name("archive.parquet"))))}
