@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # two threads on vectors this small cost more than the
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-SMOKE = ("model=tiny_random", "trainer=smoke", "evaluation=smoke", "dataset.train_problems=200")
+SMOKE = ("model=tiny_random", "trainer=smoke", "evaluation=smoke")
 
 
 LONG = ("test_resume", "test_wall", "test_launchers", "test_docs")  # files that take minutes, few tests each

@@ -92,7 +92,7 @@ def test_a_block_is_written_from_its_archive_and_nothing_else_changes(experiment
 
 
 def test_an_unknown_block_and_a_missing_archive_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="expected a block of rates, summary, differences, .*, loopholes, recall, flags, evasion; got 'means'"):
+    with pytest.raises(ReportError, match="expected a block of rates, summary, .*, loopholes, recall, flags, evasion; got 'means'"):
         written("<!-- means of a.parquet -->\n<!-- end -->\n", tmp_path)
     with pytest.raises(ReportError, match="expected an archive"):
         written("<!-- rates of a.parquet -->\n<!-- end -->\n", tmp_path)

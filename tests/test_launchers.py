@@ -222,7 +222,8 @@ def test_a_local_sweep_from_plan_to_report_with_a_signal_on_the_way(tmp_path, ca
     """plan, submit, stop one run, status, collect; its GPU is pinned."""
     root = tmp_path / "here"
     planned = python("launchers", "plan", root, "backend=local", *SMOKE, "arm=vanilla", "seed=0,1", "trainer.steps=4", f"cache={cache}",
-                     "hydra.launcher.parallel=2", "hydra.launcher.gpus=[4,7]", "hydra.launcher.resources.gpus=1",
+                     "dataset.train_problems=100", "hydra.launcher.parallel=2", "hydra.launcher.gpus=[4,7]",
+                     "hydra.launcher.resources.gpus=1",
                      "hydra.launcher.poll_seconds=1", f"hydra.sweep.dir={tmp_path}/hydra")
     assert planned.returncode == 0 and "planned 2 runs" in planned.stdout and "(2.0 GPU hours)" in planned.stdout, planned.stderr
     assert "2 planned" in python("launchers", "status", root).stdout
