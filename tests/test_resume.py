@@ -38,7 +38,8 @@ ARMS = {
 
 def overrides(output: Path, cache: str, arm: str = "route") -> list[str]:
     return ["model=tiny_random", "trainer=smoke", "evaluation=smoke", "dataset.train_problems=100", f"arm={arm}",
-            "loophole=held_out", f"trainer.steps={STEPS}", "trainer.checkpoint_every=2", "experiment_name=e", f"output={output}", f"cache={cache}", *ARMS[arm]]
+            "loophole=held_out", f"trainer.steps={STEPS}", "trainer.checkpoint_every=2", "experiment_name=e",
+            f"output={output}", f"cache={cache}", *ARMS[arm]]
 
 
 def launch(output: Path, cache: str, arm: str = "route") -> Entry:
