@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RATES = {"hack_known": "known hack", "hack_held_out": "held-out hack", "solve": "solve"}
 REFERENCES = {"vanilla": (0, (4, 2)), "no_loophole": (0, (1, 1.5))}  # arm -> dashes; in every panel
 COLUMN, ROW = 2.35, 1.7  # inches of a panel
+INCHES = 0.062  # of a letter of the legend
 
 
 def draw(tracks: list[Track], file: Path) -> None:
@@ -37,7 +38,9 @@ def draw(tracks: list[Track], file: Path) -> None:
     across, down = (len(RATES), 1) if flat else (len(detectors), len(RATES))
     with rc_context(STYLE):
         keys = max((len(own) for own in arms.values()), default=1) + len(REFERENCES)
-        figure = Figure(figsize=(COLUMN * across + 0.7, ROW * down + 0.9 + 0.15 * (keys if not flat else -(-keys // across))))
+        fitting = int((COLUMN * across + 0.1) / (0.5 + INCHES * max((len(name) for own in arms.values() for name in own), default=12)))
+        columns = max(1, min(across, fitting)) if flat else 1  # of the legend
+        figure = Figure(figsize=(COLUMN * across + 0.7, ROW * down + 0.9 + 0.15 * -(-keys // columns)))
         wide, high = figure.get_size_inches()
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
         if flat:
@@ -53,7 +56,7 @@ def draw(tracks: list[Track], file: Path) -> None:
             if not flat:
                 axes[0][column].set_title(f"detector: {detector}" if detector else "no detector", fontsize=9, loc="left")
             if detector in ("", detectors[0]):
-                legend(axes[0 if flat else -1][column], names, flat or detector != "", across if flat else 2 if detector else 1)
+                legend(axes[0 if flat else -1][column], names, flat or detector != "", columns if flat else 2 if detector else 1)
         for row, said in enumerate(RATES.values()):
             if flat:
                 axes[row][0].set_title(said, fontsize=9, loc="left")
