@@ -83,8 +83,11 @@ PICKS: dict[str, Callable[[Track], Point]] = {
 
 def track_of(run: Run, label: str, folder: Path) -> Track:
     """`label` is that of the run's arm in the report; which detector the run has stands in a column of its own. Raises ReportError where
-    an evaluation holds no rows that can be read."""
+    an evaluation holds no rows that can be read, or no loophole is held out."""
     source, loophole = run.config["mask_source"], run.config["loophole"]
+    if not loophole["held_out"]:
+        raise ReportError(f"expected runs with a held-out loophole; {run.name} has loophole={loophole['name']}, which holds none out. "
+                          "python -m grpo_routing.report shows its rates")
     seen = {f"{mode} {form}" for mode in loophole["known"] for form in source.get("forms", FORMS)}
     states = {0: BASE} | states_of(run, folder)
     points = []

@@ -177,4 +177,7 @@ def test_a_folder_becomes_a_table_and_lines(config, tmp_path, capsys):
     (folder / "eval" / "base.json").write_text(json.dumps(stored))
     assert by_baseline.main([str(tmp_path / "e")]) == 2
     assert f"expected the levers of every sample in {folder}/eval/base.json; an older version wrote it" in capsys.readouterr().err
+    run(config(*words[1:], "loophole=all", "experiment_name=all"))
+    assert by_baseline.main([str(tmp_path / "all")]) == 2
+    assert "has loophole=all, which holds none out" in capsys.readouterr().err
     assert by_baseline.main([str(tmp_path / "nothing")]) == 2
