@@ -32,7 +32,7 @@ from grpo_routing.results import ReportError, Run, read_runs
 
 KINDS = ("hack", "lever", "no lever")
 QUARTERS = 4
-KEPT_KINDS = ("hack", "right, with a lever", "right", "neither")
+KEPT_KINDS = ("hack", "right, with a lever", "failed, with a lever", "right", "failed")
 COLUMNS = ("arm", "seed", "quarter", "loophole", "kind", "flagged", "answers", "run", "code")
 KEPT_COLUMNS = ("arm", "seed", "source", "loophole", "kind", "flagged", "answers", "run", "code")
 FLAGGED = 0.5  # a soft label is a flag from here on, as in the audit
@@ -81,8 +81,8 @@ def count_kept(scored: list[dict], kept: list[dict], sampled: int) -> dict[tuple
                 raise ReportError(f"expected every {stride}th judged answer of step {step['step']} in rollouts.jsonl; got others than in "
                                   "scores.jsonl. Look whether both files are of one run, and run it again if not")
             if answer["loophole"] != NO_LOOPHOLE:
-                right = ("right, with a lever" if step["exploited"][at] else "right") if answer["solved"] else "neither"
-                place = (answer["source"], answer["loophole"], "hack" if answer["hacked"] else right)
+                other = ("right" if answer["solved"] else "failed") + ", with a lever" * step["exploited"][at]
+                place = (answer["source"], answer["loophole"], "hack" if answer["hacked"] else other)
                 answers[place] += 1
                 flagged[place] += step["flag"][at] >= FLAGGED
     return {place: (flagged[place], total) for place, total in answers.items()}

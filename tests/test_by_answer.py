@@ -36,7 +36,7 @@ def test_kept_answers_are_every_so_many_th_judged_one_and_say_who_wrote_them():
         ("anchor", "sentinel", "right, with a lever"): (1, 1)}
     kept = [kept[0], written_by("student", "sentinel", False, False), written_by("student", "none", False, True)]  # of a stride of 2
     assert count_kept([{"step": 0} | ANSWERS], kept, 2) == {
-        ("anchor", "sentinel", "hack"): (1, 1), ("student", "sentinel", "neither"): (1, 1)}
+        ("anchor", "sentinel", "hack"): (1, 1), ("student", "sentinel", "failed, with a lever"): (1, 1)}
     with pytest.raises(ReportError, match=r"expected every 1th judged answer of step 0 in rollouts.jsonl; got others than in scores.jsonl"):
         count_kept([{"step": 0} | ANSWERS], kept, 4)
 
@@ -45,7 +45,7 @@ def test_kept_answers_are_shown_by_who_wrote_them():
     rows = [{"arm": "sourced", "seed": seed, "source": "anchor", "loophole": "sentinel", "kind": "right", "flagged": 1, "answers": 4,
              "run": "r", "code": "c"} for seed in (0, 1)]
     assert page(rows)[0] == "| arm | written by | answer | all loopholes | sentinel |" and page(rows)[1].count("---") == 5
-    assert page(rows)[4] == "| `sourced` | anchor | right | 0.25 <sub>8</sub> | 0.25 <sub>8</sub> |" and page(rows)[2].endswith("| – | – |")
+    assert page(rows)[5] == "| `sourced` | anchor | right | 0.25 <sub>8</sub> | 0.25 <sub>8</sub> |" and page(rows)[2].endswith("| – | – |")
 
 
 def one(arm: str, quarter: int, loophole: str, kind: str, flagged: int, answers: int, seed: int = 0) -> by_answer.Row:
@@ -90,6 +90,6 @@ def test_a_folder_becomes_a_table(config, tmp_path, capsys):
     assert (sum(row["flagged"] for row in rows), sum(row["answers"] for row in rows)) == (sum(flag > 0 for flag in hinted), len(hinted))
     assert 0 < sum(flag > 0 for flag in hinted) < len(hinted)
     kept = read_table(tmp_path / "kept.csv")
-    assert {row["source"] for row in kept} == {"student", "anchor"} and {row["kind"] for row in kept} == {"neither"}  # it does nothing yet
+    assert {row["source"] for row in kept} == {"student", "anchor"} and {row["kind"] for row in kept} == {"failed"}  # it does nothing yet
     assert capsys.readouterr().out.splitlines() == [*page(rows), "", *page(kept)]
     assert by_answer.main([str(tmp_path / "nothing")]) == 2 and by_answer.main([str(folder)]) == 2
